@@ -1,0 +1,106 @@
+"""One exception tree; each error names the input at fault, the reason and the way out.
+
+R4RError
+├── InputError               something passed in is wrong; exit code 2 on the command line
+│   ├── DataError            a file, a column, a row, a rating off the scale, a bad timestamp
+│   ├── UnknownPairError     neither the user nor the item is known, and no history was passed
+│   └── SettingError         an argument, a knob or an environment variable out of range
+├── ModelError               the base model or an adapter cannot be used
+│   ├── ModelNotFoundError   no such base model or adapter here
+│   ├── AdapterMismatchError an adapter made for another base model
+│   └── PromptMismatchError  an adapter trained on another version of a prompt
+├── EngineError              a request that the engine could not serve
+│   ├── RequestError         the request itself is at fault (too long, unknown adapter)
+│   ├── EngineBusyError      the queue is full; retryable
+│   └── EngineFailure        the forward pass failed
+└── MissingExtraError        an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterMismatchError",
+    "DataError",
+    "EngineBusyError",
+    "EngineError",
+    "EngineFailure",
+    "InputError",
+    "MissingExtraError",
+    "ModelError",
+    "ModelNotFoundError",
+    "PromptMismatchError",
+    "R4RError",
+    "RequestError",
+    "SettingError",
+    "UnknownPairError",
+    "is_retryable",
+]
+
+
+class R4RError(Exception):
+    """Base of all errors raised on purpose by this library."""
+
+    retryable = False
+    """Whether the same call may succeed later, unchanged."""
+
+
+class InputError(R4RError, ValueError):
+    """Something that was passed in cannot be used."""
+
+
+class DataError(InputError):
+    """A file of reviews or items, or one of its rows, cannot be used."""
+
+
+class UnknownPairError(InputError, LookupError):
+    """Neither the user nor the item appears anywhere, and no history was passed."""
+
+
+class SettingError(InputError):
+    """An argument or setting is out of its range."""
+
+
+class ModelError(R4RError):
+    """The base model or an adapter cannot be used."""
+
+
+class ModelNotFoundError(ModelError, LookupError):
+    """No such base model or adapter on this machine."""
+
+
+class AdapterMismatchError(ModelError):
+    """The adapter was made for another base model."""
+
+
+class PromptMismatchError(ModelError):
+    """The adapter was trained on another version of its expert's prompt."""
+
+
+class EngineError(R4RError):
+    """The engine could not serve a request."""
+
+
+class RequestError(EngineError, ValueError):
+    """The request itself is at fault: too long, an unknown adapter, an empty prompt."""
+
+
+class EngineBusyError(EngineError):
+    """The engine's queue stayed full for too long."""
+
+    retryable = True
+
+
+class EngineFailure(EngineError):
+    """The forward pass failed for this request."""
+
+
+class MissingExtraError(R4RError, ImportError):
+    """An optional dependency is missing; the message holds the install command."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an extra: pip install 'r4r-graph[{extra}]'")
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether a retry of the same call may succeed (used by the graph's retry policy)."""
+    return isinstance(error, R4RError) and error.retryable

@@ -1,0 +1,486 @@
+"""The frozen types that travel through the library: reviews in, a rating distribution out.
+
+Everything here converts to and from plain JSON values (`to_dict` / `from_dict`), so that it can
+pass through a LangGraph checkpoint without any custom serializer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+from r4r_graph.errors import DataError, SettingError
+
+ColdStart = Literal["user", "item", "both"]
+"""Which side of a pair has no earlier reviews."""
+
+Readout = Literal["mean", "median", "mode"]
+"""How one number is read out of a rating distribution."""
+
+READOUTS: tuple[Readout, ...] = ("mean", "median", "mode")
+
+_LATEST = 1e11  # the year 5138 in seconds; anything later is a time in milliseconds
+
+
+def unix_seconds(value: float | int | str | datetime, *, what: str = "timestamp") -> float:
+    """`value` (unix seconds, an ISO 8601 text or a datetime) as unix seconds.
+
+    A time without a zone is read as UTC. Times before 1970 are negative.
+
+    Raises:
+        DataError: not a time, not finite, or so large that it must be milliseconds.
+    """
+    if isinstance(value, bool):
+        raise DataError(f"bad {what} {value!r}: expected unix seconds or an ISO 8601 date")
+    if isinstance(value, datetime):
+        moment = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return moment.timestamp()
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            seconds = float(text)
+        except ValueError:
+            try:
+                return unix_seconds(datetime.fromisoformat(text), what=what)
+            except ValueError:
+                raise DataError(
+                    f"bad {what} {value!r}: expected unix seconds (1700000000) "
+                    "or an ISO 8601 date (2023-11-14)"
+                ) from None
+    else:
+        seconds = float(value)
+    if not math.isfinite(seconds):
+        raise DataError(f"bad {what} {value!r}: not a finite number of seconds")
+    if abs(seconds) >= _LATEST:
+        raise DataError(f"bad {what} {value!r}: looks like milliseconds; divide by 1000")
+    return seconds
+
+
+def plain_number(value: float) -> float | int:
+    """`value` without a trailing `.0`, as it should look in JSON and in prompts."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """One earlier review: who, what, when, how many stars, and in which words."""
+
+    user_id: str
+    item_id: str
+    rating: float
+    """Observed rating; may be a fraction within the scale."""
+    timestamp: float
+    """Unix seconds."""
+    title: str = ""
+    """The item's title; may be empty."""
+    text: str = ""
+    """The review itself; may be empty."""
+
+    @property
+    def key(self) -> str:
+        """Identifies this very review (16 hex digits over all its fields)."""
+        fields = [self.user_id, self.item_id, self.rating, self.timestamp, self.title, self.text]
+        packed = json.dumps(fields, ensure_ascii=True).encode()
+        return hashlib.blake2b(packed, digest_size=8).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, in the column names of a review file."""
+        return {
+            "user_id": self.user_id,
+            "item_id": self.item_id,
+            "title": self.title,
+            "rating": plain_number(self.rating),
+            "timestamp": plain_number(self.timestamp),
+            "review": self.text,
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """A review from a mapping with the columns of a review file.
+
+        Raises:
+            DataError: a missing field, a rating that is no number, a bad timestamp.
+        """
+        for name in ("rating", "timestamp"):
+            if row.get(name) is None:
+                raise DataError(f"a review has no {name!r}: {_shorten(dict(row))}")
+        try:
+            rating = float(row["rating"])
+        except (TypeError, ValueError):
+            raise DataError(f"bad rating {row['rating']!r}: not a number") from None
+        if not math.isfinite(rating):
+            raise DataError(f"bad rating {row['rating']!r}: not a finite number")
+        text = row["review"] if "review" in row else row.get("text")
+        return cls(
+            user_id=str(row.get("user_id") or ""),
+            item_id=str(row.get("item_id") or ""),
+            rating=rating,
+            timestamp=unix_seconds(row["timestamp"]),
+            title=str(row.get("title") or ""),
+            text=str(text or ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is known of an item besides its reviews."""
+
+    item_id: str
+    title: str = ""
+    category: str = ""
+    """The kind of thing, e.g. `album` or `Drama`; names it in the prompts."""
+    description: str = ""
+    """Stands in where the item has few or no reviews."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """An item from a mapping; missing fields are empty."""
+        values = {k: str(row.get(k) or "") for k in ("item_id", "title", "category", "description")}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class AspectSummary:
+    """What one review praised, disliked, and shows its writer to look for (paper, preference
+    distillation)."""
+
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+    """What the writer looks for in such things."""
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """Plain JSON values."""
+        return {
+            "positive": list(self.positive),
+            "negative": list(self.negative),
+            "values": list(self.values),
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Iterable[str]]) -> Self:
+        """The summary back from `to_dict`."""
+        return cls(tuple(row["positive"]), tuple(row["negative"]), tuple(row["values"]))
+
+
+@dataclass(frozen=True, slots=True)
+class RatingStats:
+    """Statistics of *all* earlier ratings on one side of a pair."""
+
+    count: int = 0
+    mean: float | None = None
+    """None without earlier ratings, never nan."""
+    spread: float | None = None
+    """Population standard deviation; None without earlier ratings."""
+
+    @classmethod
+    def of(cls, ratings: Sequence[float]) -> Self:
+        """Statistics of the ratings given."""
+        return cls.from_sums(len(ratings), sum(ratings), sum(r * r for r in ratings))
+
+    @classmethod
+    def from_sums(cls, count: int, total: float, squares: float) -> Self:
+        """Statistics from the count, the sum and the sum of squares."""
+        if count == 0:
+            return cls()
+        mean = total / count
+        return cls(count, mean, math.sqrt(max(0.0, squares / count - mean * mean)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RatingScale:
+    """An ordered list of rating values, such as 1 to 5.
+
+    Observed ratings may lie between the values; predicted distributions sit on them.
+    """
+
+    values: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no ordered scale."""
+        rising = all(a < b for a, b in itertools.pairwise(self.values))
+        if len(self.values) < 2 or not rising or not all(map(math.isfinite, self.values)):
+            raise SettingError(
+                f"bad rating scale {list(self.values)}: needs at least two values, each larger "
+                "than the one before"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Sequence[float]) -> Self:
+        """A scale from `"1-5"`, `"0.5,1,1.5"` or a list of numbers.
+
+        Raises:
+            SettingError: not a scale.
+        """
+        if not isinstance(text, str):
+            return cls(tuple(float(v) for v in text))
+        try:
+            if "," in text:
+                return cls(tuple(float(v) for v in text.split(",")))
+            low, high = (int(v) for v in text.split("-"))
+            return cls(tuple(float(v) for v in range(low, high + 1)))
+        except ValueError as error:
+            if isinstance(error, SettingError):
+                raise
+            raise SettingError(
+                f"bad rating scale {text!r}: write it as 1-5 or as 0.5,1,1.5,2"
+            ) from None
+
+    @property
+    def low(self) -> float:
+        """The smallest value."""
+        return self.values[0]
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return self.values[-1]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """How each value is written in prompts and in the model's answer."""
+        return tuple(f"{v:g}" for v in self.values)
+
+    def check(self, rating: float) -> float:
+        """`rating`, if it lies within the scale.
+
+        Raises:
+            DataError: it does not.
+        """
+        if not self.low <= rating <= self.high:
+            raise DataError(
+                f"rating {rating:g} is off the scale {self.low:g} to {self.high:g}; "
+                "declare another scale if these reviews use one"
+            )
+        return rating
+
+
+@dataclass(frozen=True, slots=True)
+class RatingDistribution:
+    """Probabilities over a scale's values, and the read-outs defined on them."""
+
+    scale: RatingScale
+    probabilities: tuple[float, ...]
+    """One probability a value, summing to 1."""
+    mass: float = 1.0
+    """Raw probability of the scale's tokens before masking: a health signal, near 1 after
+    training."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no distribution over the scale."""
+        p = self.probabilities
+        sound = len(p) == len(self.scale.values) and all(math.isfinite(v) and v >= 0 for v in p)
+        if not sound or not math.isclose(sum(p), 1.0, abs_tol=1e-3):
+            raise ValueError(f"not a distribution over {self.scale.labels}: {p}")
+
+    @property
+    def mean(self) -> float:
+        """Expected value."""
+        return sum(v * p for v, p in zip(self.scale.values, self.probabilities, strict=True))
+
+    @property
+    def median(self) -> float:
+        """Interpolated median: each value's mass is spread evenly over its cell, half of it
+        towards either neighbour (an end value's outer half is as wide as its inner one)."""
+        values, cumulated = self.scale.values, 0.0
+        gaps = [b - a for a, b in itertools.pairwise(values)]
+        gaps = [gaps[0], *gaps, gaps[-1]]
+        for i, (value, p) in enumerate(zip(values, self.probabilities, strict=True)):
+            for start, width in ((value - gaps[i] / 2, gaps[i] / 2), (value, gaps[i + 1] / 2)):
+                if p > 0 and cumulated + p / 2 >= 0.5 - 1e-12:
+                    inside = start + width * (0.5 - cumulated) / (p / 2)
+                    return min(max(inside, values[0]), values[-1])
+                cumulated += p / 2
+        return values[-1]
+
+    @property
+    def mode(self) -> float:
+        """Most probable value; the lower one on a tie."""
+        best = max(self.probabilities)
+        return self.scale.values[self.probabilities.index(best)]
+
+    @property
+    def entropy(self) -> float:
+        """Shannon entropy in nats."""
+        return -sum(p * math.log(p) for p in self.probabilities if p > 0) + 0.0
+
+    @property
+    def confidence(self) -> float:
+        """The mode's probability."""
+        return max(self.probabilities)
+
+    def read(self, readout: Readout) -> float:
+        """One number out of the distribution."""
+        return {"mean": self.mean, "median": self.median, "mode": self.mode}[readout]
+
+    @classmethod
+    def mix(cls, parts: Sequence[RatingDistribution]) -> RatingDistribution:
+        """The equal-weight mixture of distributions over one scale."""
+        n = len(parts)
+        columns = zip(*(part.probabilities for part in parts), strict=True)
+        mixed = tuple(sum(column) / n for column in columns)
+        return cls(parts[0].scale, mixed, sum(part.mass for part in parts) / n)
+
+    def to_dict(self) -> dict[str, float]:
+        """Value (as written in prompts) to probability."""
+        return dict(zip(self.scale.labels, self.probabilities, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewAspects:
+    """An earlier review as the experts saw it: where it came from, and its aspect summary."""
+
+    user_id: str
+    item_id: str
+    title: str
+    timestamp: float
+    rating: float
+    summary: AspectSummary
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, the summary's lists beside the review's fields."""
+        return {
+            "user_id": self.user_id,
+            "item_id": self.item_id,
+            "title": self.title,
+            "timestamp": plain_number(self.timestamp),
+            "rating": plain_number(self.rating),
+            **self.summary.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Back from `to_dict`."""
+        return cls(
+            row["user_id"],
+            row["item_id"],
+            row["title"],
+            float(row["timestamp"]),
+            float(row["rating"]),
+            AspectSummary.from_dict(row),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUsage:
+    """What one node of the graph cost in one run."""
+
+    calls: int = 0
+    """Requests to the engine; cache hits are not calls."""
+    cache_hits: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    """Wall time during which the node was at work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Something that did not fit a token budget and was cut."""
+
+    what: Literal["review", "user_history", "item_history", "description", "rationale"]
+    detail: str
+    """In words: which one, and how much of it."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A rating with its distribution and its reason. `to_dict()` is the `--json` object."""
+
+    user_id: str
+    item_id: str
+    title: str
+    as_of: float
+    """Only reviews strictly before this time (unix seconds) were read."""
+    readout: Readout
+    distribution: RatingDistribution
+    rationales: tuple[str, ...]
+    """One a draw; their distributions were mixed."""
+    user_aspects: tuple[ReviewAspects, ...]
+    item_aspects: tuple[ReviewAspects, ...]
+    cold_start: ColdStart | None
+    truncated: tuple[Truncation, ...]
+    warnings: tuple[str, ...]
+    model: Mapping[str, Any]
+    """Base model, adapters and prompt digests."""
+    usage: Mapping[str, NodeUsage] = field(default_factory=dict)
+    """By node: summarizer, reasoner, predictor."""
+
+    @property
+    def rating(self) -> float:
+        """The rating by the chosen read-out."""
+        return self.distribution.read(self.readout)
+
+    @property
+    def rationale(self) -> str:
+        """The first rationale."""
+        return self.rationales[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; times are unix seconds."""
+        d = self.distribution
+        many = {"rationales": list(self.rationales)} if len(self.rationales) > 1 else {}
+        return {
+            "user_id": self.user_id,
+            "item_id": self.item_id,
+            "title": self.title,
+            "as_of": plain_number(self.as_of),
+            "rating": self.rating,
+            "readout": self.readout,
+            "mean": d.mean,
+            "median": d.median,
+            "mode": plain_number(d.mode),
+            "distribution": d.to_dict(),
+            "rating_mass": d.mass,
+            "entropy": d.entropy,
+            "rationale": self.rationale,
+            **many,
+            "user_aspects": [a.to_dict() for a in self.user_aspects],
+            "item_aspects": [a.to_dict() for a in self.item_aspects],
+            "cold_start": self.cold_start,
+            "truncated": [asdict(t) for t in self.truncated],
+            "warnings": list(self.warnings),
+            "model": dict(self.model),
+            "usage": {node: asdict(usage) for node, usage in self.usage.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Back from `to_dict`."""
+        labels = row["distribution"]
+        scale = RatingScale(tuple(float(v) for v in labels))
+        return cls(
+            user_id=row["user_id"],
+            item_id=row["item_id"],
+            title=row["title"],
+            as_of=float(row["as_of"]),
+            readout=row["readout"],
+            distribution=RatingDistribution(scale, tuple(labels.values()), row["rating_mass"]),
+            rationales=tuple(row.get("rationales", [row["rationale"]])),
+            user_aspects=tuple(map(ReviewAspects.from_dict, row["user_aspects"])),
+            item_aspects=tuple(map(ReviewAspects.from_dict, row["item_aspects"])),
+            cold_start=row["cold_start"],
+            truncated=tuple(Truncation(**t) for t in row["truncated"]),
+            warnings=tuple(row["warnings"]),
+            model=row["model"],
+            usage={node: NodeUsage(**usage) for node, usage in row["usage"].items()},
+        )
+
+
+def _shorten(row: dict[str, Any]) -> str:
+    text = json.dumps(row, default=str, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
