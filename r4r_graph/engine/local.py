@@ -1,0 +1,385 @@
+"""The local engine: one base model in memory, any number of LoRA adapters, batched on one thread.
+
+`load_local_engine` finds base model and adapters, checks that they fit, and returns a
+`BatchingEngine` over a `LocalBackend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r4r_graph.engine import aspects
+from r4r_graph.engine.base import (
+    EngineInfo,
+    GenerateRequest,
+    GenerateResult,
+    Message,
+    RateRequest,
+    RateResult,
+)
+from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
+from r4r_graph.engine.decoding import AspectDecoder, Grammars, RatingReadout
+from r4r_graph.errors import ModelError, RequestError
+from r4r_graph.schema import RatingScale
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HubTokenMeter:
+    """Token arithmetic of a Hugging Face tokenizer, and its chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model"
+            )
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers change settings in place while encoding
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        self.special_tokens: tuple[str, ...] = tuple(
+            sorted({*tokenizer.all_special_tokens, *added} - {""})
+        )
+        self._shape = next(filter(self._renders, (_as_is, _merged, _without_system)), None)
+        if self._shape is None:
+            raise ModelError(f"the chat template of {tokenizer.name_or_path} renders no prompt")
+
+    def count(self, text: str) -> int:
+        """Tokens in `text`."""
+        with self._lock:
+            return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def head(self, text: str, limit: int) -> str:
+        """The longest beginning of `text` of at most `limit` tokens."""
+        with self._lock:
+            encoded = self._tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+        offsets = encoded["offset_mapping"]
+        return text if len(offsets) <= limit else text[: offsets[limit - 1][1] if limit else 0]
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a whole prompt, up to where the answer begins. The template writes the
+        only beginning-of-sequence token there is."""
+        assert self._shape is not None
+        with self._lock:
+            encoded = self._tokenizer.apply_chat_template(
+                self._shape(messages),
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        return tuple(encoded["input_ids"])
+
+    def _renders(self, shape: Callable[[Sequence[Message]], list[dict[str, str]]]) -> bool:
+        """Whether the template accepts turns of this shape: some refuse a system turn, some two
+        user turns in a row."""
+        probe = [Message("system", "a"), Message("user", "b"), Message("user", "c")]
+        try:
+            self._tokenizer.apply_chat_template(shape(probe), tokenize=False)
+        except Exception:  # templates raise what they like
+            return False
+        return True
+
+
+def _as_is(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def _merged(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Neighbouring turns of one role, joined."""
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        if turns and turns[-1]["role"] == message.role:
+            turns[-1]["content"] += "\n\n" + message.content
+        else:
+            turns.append({"role": message.role, "content": message.content})
+    return turns
+
+
+def _without_system(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return _merged([Message("user" if m.role == "system" else m.role, m.content) for m in messages])
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """The state of one running batch, row by row."""
+
+    rows: Sequence[Row]
+    width: int
+    """Padded prompt length."""
+
+
+class LocalBackend:
+    """Computes batches with transformers and PEFT. Not thread-safe: one thread calls it.
+
+    Args:
+        model: a causal language model, without adapters.
+        tokenizer: its fast tokenizer, with a chat template.
+        info: what to report; `info.adapters` must name the `adapters`.
+        adapters: adapter name to PEFT directory.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, info: EngineInfo, adapters: Mapping[str, Path]
+    ) -> None:
+        self.info = info
+        self.meter = HubTokenMeter(tokenizer)
+        self._tokenizer = tokenizer
+        self._grammars = Grammars(model, tokenizer)
+        self._readouts: dict[RatingScale, RatingReadout] = {}
+        self._lock = threading.Lock()
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
+        self._pad: int = tokenizer.pad_token_id
+        self._adapted: Any = None
+        for name, path in adapters.items():
+            if self._adapted is None:
+                from peft import PeftModel
+
+                self._adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            else:
+                self._adapted.load_adapter(str(path), adapter_name=name)
+        self._model = self._adapted if self._adapted is not None else model
+        self._model.eval()
+        with self._lock:
+            self._grammars.index(
+                aspects.PATTERN + r"\n"
+            )  # compiled now, not inside the first request
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._adapted = None
+
+    # On callers' threads ---------------------------------------------------------------------
+
+    def prepare(self, request: Request) -> Prepared:
+        """See `Backend.prepare`."""
+        if not request.messages:
+            raise RequestError("a request without messages")
+        if request.adapter is not None and request.adapter not in self.info.adapters:
+            raise RequestError(
+                f"no adapter {request.adapter!r} is loaded (loaded: "
+                f"{', '.join(sorted(self.info.adapters)) or 'none'})"
+            )
+        ids = self.meter.prompt(request.messages)
+        key: tuple[Any, ...]
+        if isinstance(request, RateRequest):
+            readout = self._readout(request.scale)
+            answer = max(map(len, readout.probes))
+            cost = (len(ids) + answer) * len(readout.probes)
+            key = ("rate", request.adapter, request.scale)
+        else:
+            answer = request.max_tokens
+            if request.format == "aspects" and answer < (least := self.least_aspect_tokens):
+                raise RequestError(f"max_tokens {answer} is under the format's least, {least}")
+            if answer < 1 or request.temperature < 0 or not 0 < request.top_p <= 1:
+                raise RequestError(
+                    f"bad decoding settings: max_tokens={answer}, "
+                    f"temperature={request.temperature}, top_p={request.top_p}"
+                )
+            cost = len(ids) + answer
+            key = ("generate", request.adapter, request.format)
+        if len(ids) + answer > self.info.max_tokens:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens and an answer of up to {answer} exceed the "
+                f"model's {self.info.max_tokens} positions; shorten the history or the budgets"
+            )
+        return Prepared(request, ids, key, cost)
+
+    def fingerprint(self, request: GenerateRequest) -> str:
+        """See `Engine.fingerprint`."""
+        facts = {
+            "ids": self.meter.prompt(request.messages),
+            "base": self.info.digest,
+            "adapter": request.adapter and self.info.adapters[request.adapter],
+            "dtype": self.info.dtype,
+            "grammar": [aspects.GRAMMAR_VERSION, aspects.PATTERN]
+            if request.format == "aspects"
+            else None,
+            "max_tokens": request.max_tokens,
+            "stop": request.stop,
+            "sample": [request.temperature, request.top_p, request.seed]
+            if request.temperature
+            else None,
+        }
+        packed = json.dumps(facts, sort_keys=True).encode()
+        return hashlib.blake2b(packed, digest_size=16).hexdigest()
+
+    @property
+    def least_aspect_tokens(self) -> int:
+        """The smallest `max_tokens` with which an aspect summary can always be closed."""
+        return AspectDecoder.shortest(self._grammars) + 8
+
+    def _readout(self, scale: RatingScale) -> RatingReadout:
+        with self._lock:
+            if scale not in self._readouts:
+                self._readouts[scale] = RatingReadout(self._grammars, scale)
+            return self._readouts[scale]
+
+    # On the engine's thread ------------------------------------------------------------------
+
+    def rate(self, rows: Sequence[Row]) -> list[RateResult | Exception]:
+        """One forward pass: rows x probes, left-padded, logits kept at the open positions."""
+        import torch
+
+        request = rows[0].prepared.request
+        assert isinstance(request, RateRequest)
+        readout = self._readout(request.scale)
+        depth = max(map(len, readout.probes))
+        sequences, kept = [], depth + 1
+        for row in rows:
+            for probe in readout.probes:
+                # Shorter probes are filled up behind, where nothing is read.
+                fill = (self._pad,) * (depth - len(probe))
+                sequences.append((*row.prepared.ids, *probe, *fill))
+        ids, mask = self._left_padded(sequences)
+        with self._adapter(request.adapter), torch.inference_mode():
+            logits = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                logits_to_keep=kept,
+                use_cache=False,
+            ).logits
+        log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
+        results: list[RateResult | Exception] = []
+        for i, row in enumerate(rows):
+            places = {}
+            for j, probe in enumerate(readout.probes):
+                for at in range(len(probe) + 1):
+                    places[probe[:at]] = log_probs[i * len(readout.probes) + j, at]
+            results.append(RateResult(readout.read(places), len(row.prepared.ids)))
+        return results
+
+    def generate(self, rows: Sequence[Row]) -> list[GenerateResult | Exception]:
+        """One call of transformers' `generate`, with each row's own sampling and stopping."""
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+        from r4r_graph.engine.rows import RowSampler, RowStopper
+
+        requests = [_generate_request(row) for row in rows]
+        ids, mask = self._left_padded([row.prepared.ids for row in rows])
+        width = ids.shape[1]
+        stopper = RowStopper(rows, width, self._ends, self._text)
+        sampler = RowSampler(requests, width, self._grammars, self._pad, self._ends)
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max(request.max_tokens for request in requests),
+            do_sample=False,
+            eos_token_id=self._ends,
+            pad_token_id=self._pad,
+        )
+        with self._adapter(requests[0].adapter), torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([stopper]),
+            )
+        answers = output[:, width:].tolist()
+        return [
+            stopper.result(i, answer, len(row.prepared.ids))
+            for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
+        ]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _left_padded(
+        self, sequences: Sequence[tuple[int, ...]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and attention mask, shape (rows, longest)."""
+        import torch
+
+        width = max(map(len, sequences))
+        ids = [[self._pad] * (width - len(s)) + list(s) for s in sequences]
+        mask = [[0] * (width - len(s)) + [1] * len(s) for s in sequences]
+        device = self._model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    @contextlib.contextmanager
+    def _adapter(self, name: str | None) -> Iterator[None]:
+        """Answer with this adapter, or with the base model alone."""
+        if self._adapted is None:
+            yield
+        elif name is None:
+            with self._adapted.disable_adapter():
+                yield
+        else:
+            self._adapted.set_adapter(name, inference_mode=True)
+            yield
+
+
+def _generate_request(row: Row) -> GenerateRequest:
+    assert isinstance(row.prepared.request, GenerateRequest)
+    return row.prepared.request
+
+
+def load_local_engine(
+    base: str | Path = "smollm2-135m",
+    adapters: str | Path | Mapping[str, str | Path | None] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize_4bit: bool = False,
+    prompts: Mapping[str, str] | None = None,
+    allow_prompt_mismatch: bool = False,
+    max_batch_tokens: int | None = None,
+) -> tuple[BatchingEngine, list[str]]:
+    """Load a base model and its adapters; returns the engine and warnings.
+
+    Args:
+        base: `smollm2-135m`, a local directory, or a Hub id.
+        adapters: a directory with `summarizer/`, `reasoner/`, `predictor/` (any may be absent),
+            a mapping of those names to directories, or None / `"none"` for the base model alone.
+        device: `cpu` or `cuda`; None takes CUDA where there is one.
+        dtype: None is float32 on a CPU and bfloat16 on CUDA.
+        quantize_4bit: load the base model in 4 bits (CUDA only).
+        prompts: expert name to the digest of its prompt here, to hold adapters against.
+        allow_prompt_mismatch: accept adapters trained on another version of their prompt.
+        max_batch_tokens: token positions in one forward pass; None chooses by device.
+
+    Raises:
+        ModelNotFoundError, AdapterMismatchError, PromptMismatchError, SettingError
+    """
+    from r4r_graph.engine.adapters import check_adapter, find_adapters
+    from r4r_graph.engine.weights import find_base, load_model
+
+    found_base = find_base(base)
+    found = find_adapters(adapters)
+    warnings: list[str] = []
+    for expert, adapter in found.items():
+        warnings += check_adapter(
+            adapter,
+            found_base,
+            (prompts or {}).get(expert, ""),
+            allow_prompt_mismatch=allow_prompt_mismatch,
+        )
+    model, tokenizer, device, dtype = load_model(
+        found_base, device=device, dtype=dtype, quantize_4bit=quantize_4bit
+    )
+    info = EngineInfo(
+        base=found_base.name,
+        digest=found_base.digest,
+        device=device,
+        dtype=dtype,
+        adapters={expert: adapter.digest for expert, adapter in found.items()},
+        max_tokens=model.config.max_position_embeddings,
+    )
+    backend = LocalBackend(model, tokenizer, info, {e: a.path for e, a in found.items()})
+    budget = max_batch_tokens or (131072 if device.startswith("cuda") else 16384)
+    return BatchingEngine(backend, max_batch_tokens=budget), warnings
