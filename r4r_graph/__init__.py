@@ -1,1 +1,88 @@
-"""x"""
+"""Deliberative recommendation: reviews in, a reasoned rating distribution out.
+
+`Recommender.load(reviews=...)` is where most people start; `build_graph` is the LangGraph below
+it. Importing this package loads no model library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from r4r_graph.engine import Engine, fake_engine, load_local_engine
+    from r4r_graph.errors import R4RError
+    from r4r_graph.evidence import TokenBudgets
+    from r4r_graph.experts import Experts
+    from r4r_graph.graph import Knobs, build_graph
+    from r4r_graph.recommender import RationaleToken, Recommender, SummaryProgress
+    from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+    from r4r_graph.schema import (
+        AspectSummary,
+        Item,
+        RatingDistribution,
+        RatingScale,
+        Recommendation,
+        Review,
+    )
+
+_HOMES = {
+    "AspectSummary": "schema",
+    "Engine": "engine",
+    "Experts": "experts",
+    "Item": "schema",
+    "Knobs": "graph",
+    "R4RError": "errors",
+    "RatingDistribution": "schema",
+    "RatingScale": "schema",
+    "RationaleToken": "recommender",
+    "Recommendation": "schema",
+    "Recommender": "recommender",
+    "Review": "schema",
+    "ReviewSource": "reviews",
+    "SummaryProgress": "recommender",
+    "TableReviewSource": "reviews",
+    "TokenBudgets": "evidence",
+    "build_graph": "graph",
+    "fake_engine": "engine",
+    "load_items": "reviews",
+    "load_local_engine": "engine",
+    "load_reviews": "reviews",
+}
+
+__all__ = [
+    "AspectSummary",
+    "Engine",
+    "Experts",
+    "Item",
+    "Knobs",
+    "R4RError",
+    "RatingDistribution",
+    "RatingScale",
+    "RationaleToken",
+    "Recommendation",
+    "Recommender",
+    "Review",
+    "ReviewSource",
+    "SummaryProgress",
+    "TableReviewSource",
+    "TokenBudgets",
+    "build_graph",
+    "fake_engine",
+    "load_items",
+    "load_local_engine",
+    "load_reviews",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"r4r_graph.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -36,7 +36,11 @@ class SummaryCache:
         """What is kept under `key`."""
         if self._store is None:
             return None
-        item = self._store.get(NAMESPACE, key)
+        try:
+            item = self._store.get(NAMESPACE, key)
+        except Exception as error:  # a store that cannot be read costs time, not the run
+            _log.warning("the summary cache cannot be read: %s", error)
+            return None
         return None if item is None else dict(item.value)
 
     def get_or_compute(self, key: str, compute: Callable[[], Value]) -> tuple[Value, bool]:

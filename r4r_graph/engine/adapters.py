@@ -17,13 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r4r_graph.engine.weights import (
-    BaseModel,
-    digest_files,
-    read_json,
-    tensor_shapes,
-    weight_shapes,
-)
+from r4r_graph.engine.model_files import digest_files, read_json, tensor_shapes
+from r4r_graph.engine.weights import BaseModel, weight_shapes
 from r4r_graph.errors import (
     AdapterMismatchError,
     ModelError,

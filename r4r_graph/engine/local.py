@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,102 +20,17 @@ from r4r_graph.engine.base import (
     EngineInfo,
     GenerateRequest,
     GenerateResult,
-    Message,
     RateRequest,
     RateResult,
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
 from r4r_graph.engine.decoding import AspectDecoder, Grammars, RatingReadout
-from r4r_graph.errors import ModelError, RequestError
+from r4r_graph.engine.tokens import HubTokenMeter
+from r4r_graph.errors import RequestError
 from r4r_graph.schema import RatingScale
 
 if TYPE_CHECKING:
     import torch
-
-
-class HubTokenMeter:
-    """Token arithmetic of a Hugging Face tokenizer, and its chat template."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model"
-            )
-        self._tokenizer = tokenizer
-        self._lock = threading.Lock()  # fast tokenizers change settings in place while encoding
-        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-        self.special_tokens: tuple[str, ...] = tuple(
-            sorted({*tokenizer.all_special_tokens, *added} - {""})
-        )
-        self._shape = next(filter(self._renders, (_as_is, _merged, _without_system)), None)
-        if self._shape is None:
-            raise ModelError(f"the chat template of {tokenizer.name_or_path} renders no prompt")
-
-    def count(self, text: str) -> int:
-        """Tokens in `text`."""
-        with self._lock:
-            return len(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def head(self, text: str, limit: int) -> str:
-        """The longest beginning of `text` of at most `limit` tokens."""
-        with self._lock:
-            encoded = self._tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-        offsets = encoded["offset_mapping"]
-        return text if len(offsets) <= limit else text[: offsets[limit - 1][1] if limit else 0]
-
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a whole prompt, up to where the answer begins. The template writes the
-        only beginning-of-sequence token there is."""
-        assert self._shape is not None
-        with self._lock:
-            encoded = self._tokenizer.apply_chat_template(
-                self._shape(messages),
-                tokenize=True,
-                return_dict=True,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-        return tuple(encoded["input_ids"])
-
-    def _renders(self, shape: Callable[[Sequence[Message]], list[dict[str, str]]]) -> bool:
-        """Whether the template accepts turns of this shape: some refuse a system turn, some two
-        user turns in a row."""
-        probe = [Message("system", "a"), Message("user", "b"), Message("user", "c")]
-        try:
-            self._tokenizer.apply_chat_template(shape(probe), tokenize=False)
-        except Exception:  # templates raise what they like
-            return False
-        return True
-
-
-def _as_is(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in messages]
-
-
-def _merged(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Neighbouring turns of one role, joined."""
-    turns: list[dict[str, str]] = []
-    for message in messages:
-        if turns and turns[-1]["role"] == message.role:
-            turns[-1]["content"] += "\n\n" + message.content
-        else:
-            turns.append({"role": message.role, "content": message.content})
-    return turns
-
-
-def _without_system(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return _merged([Message("user" if m.role == "system" else m.role, m.content) for m in messages])
-
-
-@dataclass(frozen=True)
-class _Generation:
-    """The state of one running batch, row by row."""
-
-    rows: Sequence[Row]
-    width: int
-    """Padded prompt length."""
 
 
 class LocalBackend:
@@ -143,18 +58,24 @@ class LocalBackend:
         self._pad: int = tokenizer.pad_token_id
         self._adapted: Any = None
         for name, path in adapters.items():
-            if self._adapted is None:
-                from peft import PeftModel
-
-                self._adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
-            else:
-                self._adapted.load_adapter(str(path), adapter_name=name)
+            self._add_adapter(model, name, path)
         self._model = self._adapted if self._adapted is not None else model
         self._model.eval()
         with self._lock:
             self._grammars.index(
                 aspects.PATTERN + r"\n"
             )  # compiled now, not inside the first request
+
+    def _add_adapter(self, model: Any, name: str, path: Path) -> None:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks Transformers 5 for an attribute it has renamed.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            if self._adapted is None:
+                self._adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            else:
+                self._adapted.load_adapter(str(path), adapter_name=name)
 
     def close(self) -> None:
         """Let go of the model."""
@@ -361,9 +282,9 @@ def load_local_engine(
 
     found_base = find_base(base)
     found = find_adapters(adapters)
-    warnings: list[str] = []
+    notes: list[str] = []
     for expert, adapter in found.items():
-        warnings += check_adapter(
+        notes += check_adapter(
             adapter,
             found_base,
             (prompts or {}).get(expert, ""),
@@ -382,4 +303,4 @@ def load_local_engine(
     )
     backend = LocalBackend(model, tokenizer, info, {e: a.path for e, a in found.items()})
     budget = max_batch_tokens or (131072 if device.startswith("cuda") else 16384)
-    return BatchingEngine(backend, max_batch_tokens=budget), warnings
+    return BatchingEngine(backend, max_batch_tokens=budget), notes

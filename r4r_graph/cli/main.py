@@ -1,0 +1,240 @@
+"""The commands of `r4r`, and how an error ends one: a clear line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from r4r_graph.errors import EngineError, R4RError
+
+app = typer.Typer(
+    name="r4r",
+    help="Reads earlier reviews, writes down why this user will or won't like this item, then "
+    "predicts the rating as a distribution.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="What is kept on this machine.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+ReviewsOption = Annotated[
+    Path, typer.Option(help="Reviews: Parquet, CSV or JSONL (gz too), or a folder of Parquet.")
+]
+ItemsOption = Annotated[
+    Path | None, typer.Option(help="Items: item_id, title, category, description.")
+]
+BaseOption = Annotated[
+    str, typer.Option(help="Base model: smollm2-135m, a directory, or a Hub id.")
+]
+AdaptersOption = Annotated[
+    str | None,
+    typer.Option(help="Folder with summarizer/, reasoner/, predictor/; none: the base model."),
+]
+MismatchOption = Annotated[
+    bool, typer.Option(help="Accept adapters trained on another version of their prompt.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(version("r4r-graph"))
+        raise typer.Exit
+
+
+@app.command()
+def rate(
+    reviews: ReviewsOption,
+    user: Annotated[str, typer.Option(help="Whose rating.")],
+    item: Annotated[str, typer.Option(help="Of which item.")],
+    items: ItemsOption = None,
+    as_of: Annotated[
+        str | None,
+        typer.Option(help="Read only reviews before this time: unix seconds or ISO 8601."),
+    ] = None,
+    history: Annotated[int, typer.Option(help="Latest reviews read on each side.")] = 10,
+    rationales: Annotated[
+        int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
+    ] = 1,
+    readout: Annotated[str, typer.Option(help="mean, median or mode.")] = "mean",
+    base: BaseOption = "smollm2-135m",
+    adapters: AdaptersOption = None,
+    scale: Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")] = "1-5",
+    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+    allow_prompt_mismatch: MismatchOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rate one pair: stars, distribution, and why."""
+    from r4r_graph.cli import display
+    from r4r_graph.recommender import Recommender, check_knobs
+
+    knobs: dict[str, Any] = {
+        "history": history,
+        "rationales": rationales,
+        "readout": readout,
+        "seed": seed,
+    }
+    check_knobs(knobs)  # refused before a model is loaded
+    with _loading():
+        recommender = Recommender.load(
+            reviews,
+            items,
+            base,
+            adapters,
+            scale=scale,
+            device=device,
+            allow_prompt_mismatch=allow_prompt_mismatch,
+        )
+    with recommender:
+        events = recommender.stream(user, item, as_of=as_of, **knobs)
+        if as_json:
+            result = display.last(events)
+            typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+        else:
+            display.show_run(events, out, err)
+
+
+@app.command()
+def demo(
+    base: BaseOption = "smollm2-135m",
+    adapters: AdaptersOption = None,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
+) -> None:
+    """Rate one pair of a small sample that comes with the package, and show the graph."""
+    from r4r_graph.cli import display
+    from r4r_graph.debug import draw
+    from r4r_graph.errors import MissingExtraError
+    from r4r_graph.recommender import Recommender
+
+    sample = Path(__file__).parents[1] / "_demo"
+    out.print("A sample of invented albums, reviewed by invented people.", style="dim")
+    out.print("The pair: user mara, item glass-harbour; mara has not reviewed it yet.", style="dim")
+    with _loading():
+        recommender = Recommender.load(
+            sample / "reviews.jsonl", sample / "items.jsonl", base, adapters
+        )
+    with recommender:
+        display.show_run(recommender.stream("mara", "glass-harbour", seed=seed), out, err)
+        out.print("\nThe graph that ran:\n", style="bold")
+        try:
+            picture = draw(recommender.graph, "ascii")
+        except MissingExtraError:
+            picture = draw(recommender.graph, "mermaid")
+        out.print(picture, markup=False, soft_wrap=True)
+
+
+@app.command()
+def graph(
+    form: Annotated[
+        str, typer.Option("--format", help="mermaid, ascii (needs an extra) or json.")
+    ] = "mermaid",
+) -> None:
+    """Draw the rating graph."""
+    from r4r_graph.debug import draw
+    from r4r_graph.engine.fake import fake_engine
+    from r4r_graph.experts import Experts
+    from r4r_graph.graph import build_graph
+
+    typer.echo(draw(build_graph(Experts(fake_engine())), form))
+
+
+@app.command()
+def doctor(
+    base: BaseOption = "smollm2-135m",
+    adapters: AdaptersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check versions, device, base model, adapters and cache: what works, how to mend the rest."""
+    from dataclasses import asdict
+
+    from r4r_graph.cli import display
+    from r4r_graph.cli.doctor import examine
+
+    findings = examine(base, adapters)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        display.show_findings(findings, out)
+    if not all(finding.works for finding in findings):
+        raise typer.Exit(1)
+
+
+@cache_app.command("info")
+def cache_info(as_json: JsonOption = False) -> None:
+    """Show what is kept, where, and which of it stems from people's reviews."""
+    from r4r_graph import caches
+    from r4r_graph.cli import display
+
+    entries = caches.cache_info()
+    if as_json:
+        kept = [
+            {
+                "name": entry.name,
+                "path": str(entry.path),
+                "bytes": entry.bytes,
+                "holds_reviews": entry.holds_reviews,
+            }
+            for entry in entries
+        ]
+        summaries = caches.count_summaries()
+        folder = str(caches.cache_dir())
+        typer.echo(json.dumps({"folder": folder, "summaries": summaries, "kept": kept}, indent=2))
+    else:
+        display.show_cache(caches.cache_dir(), entries, caches.count_summaries(), out)
+
+
+@cache_app.command("clear")
+def cache_clear(
+    base_models: Annotated[
+        bool, typer.Option("--base-models", help="Also the converted base models.")
+    ] = False,
+) -> None:
+    """Delete the kept summaries of people's reviews."""
+    from r4r_graph import caches
+    from r4r_graph.cli import display
+
+    count = caches.count_summaries()
+    deleted = caches.clear_cache(base_models=base_models)
+    display.show_cleared(deleted, count, out)
+
+
+class _loading:
+    """A spinner on stderr while models and reviews load; the log speaks through it."""
+
+    def __enter__(self) -> None:
+        self._status = err.status("loading reviews and models", spinner="line")
+        self._status.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+
+def main() -> None:
+    """Run `r4r`. Exit codes: 0 done, 1 the engine failed or a check did, 2 bad input."""
+    log = logging.getLogger("r4r_graph")
+    log.addHandler(RichHandler(console=err, show_time=False, show_path=False, markup=False))
+    log.propagate = False
+    try:
+        app()
+    except R4RError as error:
+        err.print(f"r4r: error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1 if isinstance(error, EngineError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)

