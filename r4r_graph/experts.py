@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
@@ -250,18 +251,21 @@ class Experts:
     scale: RatingScale = field(default_factory=RatingScale)
     budgets: TokenBudgets = field(default_factory=TokenBudgets)
 
-    def __post_init__(self) -> None:
-        """Make the experts (the dataclass is frozen, hence the detour)."""
-        engine, budgets = self.engine, self.budgets
-        chat = EngineChatModel(engine=engine, adapter=_adapter(engine, "reasoner"))
-        cache = SummaryCache(self.store)
-        object.__setattr__(self, "summarizer", Summarizer(engine, cache, self.scale, budgets))
-        object.__setattr__(self, "reasoner", Reasoner(chat, engine.meter, budgets))
-        object.__setattr__(self, "predictor", Predictor(engine, self.scale, budgets))
+    @cached_property
+    def summarizer(self) -> Summarizer:
+        """One a bundle: its cache joins concurrent misses."""
+        return Summarizer(self.engine, SummaryCache(self.store), self.scale, self.budgets)
 
-    summarizer: Summarizer = field(init=False)
-    reasoner: Reasoner = field(init=False)
-    predictor: Predictor = field(init=False)
+    @cached_property
+    def reasoner(self) -> Reasoner:
+        """Behind a chat model, for streaming."""
+        chat = EngineChatModel(engine=self.engine, adapter=_adapter(self.engine, "reasoner"))
+        return Reasoner(chat, self.engine.meter, self.budgets)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """On the bundle's scale."""
+        return Predictor(self.engine, self.scale, self.budgets)
 
     def model_card(self) -> dict[str, Any]:
         """Base model, adapters and prompt digests, as a recommendation reports them."""

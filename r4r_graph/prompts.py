@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ BLOCKS = ("system", "context", "task")
 EXPERT_PROMPTS = ("summarizer", "reasoner", "predictor")
 
 _BRACKETS = str.maketrans({"<": "‹", ">": "›", "＜": "‹", "＞": "›", "﹤": "‹", "﹥": "›"})
+_PLAIN = re.compile(r"[ -;=?-~]*")  # printable ASCII without angle brackets
+_UNUSUAL = re.compile(r"[^ -~]")
 _JOINERS = {"\u200c", "\u200d"}  # emoji and Indic scripts need them
 
 
@@ -92,25 +95,31 @@ def clean(text: str, special_tokens: Sequence[str] = ()) -> str:
     or closed; strings of the tokenizer's control tokens are broken up by a space, also where only
     Unicode compatibility folding (as some tokenizers do) would spell them. Idempotent.
     """
-    visible = "".join(c for c in text if c.isspace() or _keep(c))
-    line = " ".join(visible.translate(_BRACKETS).split())
     control = [t.strip() for t in special_tokens if t.strip() and not set(t) & {"<", ">"}]
-    folded = unicodedata.normalize("NFKC", line)
-    if "<" in folded or ">" in folded or any(t in folded and t not in line for t in control):
-        line = " ".join(folded.translate(_BRACKETS).split())
+    line = " ".join(text.split())
+    if not _PLAIN.fullmatch(line):
+        visible = _UNUSUAL.sub(lambda match: _visible(match[0]), text)
+        line = " ".join(visible.translate(_BRACKETS).split())
+        folded = unicodedata.normalize("NFKC", line)
+        if "<" in folded or ">" in folded or any(t in folded and t not in line for t in control):
+            line = " ".join(folded.translate(_BRACKETS).split())
     found = True
-    while found:  # each pass shortens the runs without a space, so this ends
+    while found:  # each pass leaves fewer or shorter runs without a space, so this ends
         found = False
         for token in control:
             if token in line:
                 broken = f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+                broken = token.replace(" ", "_") if " " in token else broken
                 line = " ".join(line.replace(token, broken).split())
                 found = True
     return line
 
 
-def _keep(char: str) -> bool:
-    return unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Cn") or char in _JOINERS
+def _visible(char: str) -> str:
+    """The character, or nothing where it is no part of a visible text."""
+    if char.isspace() or char in _JOINERS:
+        return char
+    return "" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn") else char
 
 
 def _cleaned(value: Any, special_tokens: tuple[str, ...]) -> Any:

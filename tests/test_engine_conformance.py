@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -55,7 +56,8 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 
 def ask(text: str = "Which songs?", **settings: Any) -> GenerateRequest:
-    messages = (Message("system", "You judge."), Message("user", text))
+    turns = ("You judge.", text, "Answer in a line.")
+    messages = tuple(map(Message, ("system", "user", "user"), turns))
     return GenerateRequest(messages, **{"max_tokens": 12, **settings})
 
 
@@ -109,7 +111,7 @@ def test_the_meters_head_is_a_beginning_within_the_limit(engine: Engine, text: s
         assert len(head) < len(text)
         assert meter.count(head) <= limit
     heads = [meter.head(text, limit) for limit in range(size + 1)]
-    assert all(len(a) <= len(b) for a, b in zip(heads, heads[1:], strict=False))
+    assert all(len(a) <= len(b) for a, b in itertools.pairwise(heads))
 
 
 # Order, samples, adapters ------------------------------------------------------------------------
@@ -345,7 +347,9 @@ def test_each_row_keeps_to_its_own_budget(engine: Engine) -> None:
     assert results == [one(engine, request) for request in requests]
     for budget, result in zip(budgets, results, strict=True):
         assert 0 < result.completion_tokens <= budget
-        assert (result.finish == "length") == (results[4].completion_tokens > budget)
+        assert results[4].text.startswith(result.text.rstrip("\ufffd"))
+        if budget < results[4].completion_tokens:
+            assert (result.completion_tokens, result.finish) == (budget, "length")
 
 
 def stop_of(text: str) -> str:

@@ -347,5 +347,6 @@ def test_importing_reviews_is_light() -> None:
     code = "import sys, r4r_graph.reviews as r; print(*r.__all__, *sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = done.stdout.split()
-    assert names[:4] == ["ReviewSource", "TableReviewSource", "load_items", "load_reviews"]
+    exported = ["ReviewSource", "TableReviewSource", "load_items", "load_pairs", "load_reviews"]
+    assert names[:5] == exported
     assert not {"torch", "transformers", "pandas", "datasets", "langgraph"} & set(names)

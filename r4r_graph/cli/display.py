@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from r4r_graph.bulk import BulkProgress, OnProgress
 from r4r_graph.caches import CacheEntry
 from r4r_graph.cli.doctor import Finding
 from r4r_graph.prompts import clean
@@ -27,6 +36,31 @@ def last(events: Iterable[Event]) -> Recommendation:
         result = event
     assert isinstance(result, Recommendation)
     return result
+
+
+@contextmanager
+def progress(what: str, err: Console) -> Iterator[OnProgress]:
+    """A bar on stderr with rate and time left."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}", style="red"),
+    )
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task(what, total=None, rate="", failed="")
+        first: int | None = None
+
+        def tell(now: BulkProgress) -> None:
+            nonlocal first
+            first = now.done - 1 if first is None else first
+            rate = (now.done - first) / now.seconds if now.seconds else 0.0
+            failed = f"{now.failed} failed" if now.failed else ""
+            bar.update(task, completed=now.done, total=now.of, rate=f"{rate:.2f}/s", failed=failed)
+
+        yield tell
 
 
 def show_run(events: Iterator[Event], out: Console, err: Console) -> Recommendation:

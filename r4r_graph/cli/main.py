@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from r4r_graph.errors import EngineError, R4RError
+from r4r_graph.errors import EngineError, R4RError, SettingError
+from r4r_graph.schema import unix_seconds
+
+if TYPE_CHECKING:
+    from r4r_graph.recommender import Recommender
 
 app = typer.Typer(
     name="r4r",
@@ -49,6 +55,16 @@ MismatchOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
+HistoryOption = Annotated[int, typer.Option(help="Latest reviews read on each side.")]
+RationalesOption = Annotated[
+    int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
+]
+ReadoutOption = Annotated[str, typer.Option(help="mean, median or mode.")]
+ScaleOption = Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")]
+SeedOption = Annotated[int, typer.Option(help="Decides what is sampled.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")]
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -68,40 +84,37 @@ def rate(
         str | None,
         typer.Option(help="Read only reviews before this time: unix seconds or ISO 8601."),
     ] = None,
-    history: Annotated[int, typer.Option(help="Latest reviews read on each side.")] = 10,
-    rationales: Annotated[
-        int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
-    ] = 1,
-    readout: Annotated[str, typer.Option(help="mean, median or mode.")] = "mean",
+    history: HistoryOption = 10,
+    rationales: RationalesOption = 1,
+    readout: ReadoutOption = "mean",
     base: BaseOption = "smollm2-135m",
     adapters: AdaptersOption = None,
-    scale: Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")] = "1-5",
-    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+    scale: ScaleOption = "1-5",
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
     allow_prompt_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rate one pair: stars, distribution, and why."""
     from r4r_graph.cli import display
-    from r4r_graph.recommender import Recommender, check_knobs
 
-    knobs: dict[str, Any] = {
-        "history": history,
-        "rationales": rationales,
-        "readout": readout,
-        "seed": seed,
-    }
-    check_knobs(knobs)  # refused before a model is loaded
-    with _loading():
-        recommender = Recommender.load(
-            reviews,
-            items,
-            base,
-            adapters,
-            scale=scale,
-            device=device,
-            allow_prompt_mismatch=allow_prompt_mismatch,
-        )
+    knobs = _checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    if as_of is not None:
+        if re.fullmatch(r"\d{4}|\d{8}", as_of):
+            raise SettingError(
+                f"--as-of {as_of} may be a date or unix seconds; write 2015-01-01 for a date, "
+                f"{as_of}.0 for seconds"
+            )
+        unix_seconds(as_of, what="--as-of")
+    recommender = _load(
+        reviews,
+        items,
+        base,
+        adapters,
+        scale=scale,
+        device=device,
+        allow_prompt_mismatch=allow_prompt_mismatch,
+    )
     with recommender:
         events = recommender.stream(user, item, as_of=as_of, **knobs)
         if as_json:
@@ -112,24 +125,89 @@ def rate(
 
 
 @app.command()
+def bulk(
+    reviews: ReviewsOption,
+    pairs: Annotated[Path, typer.Option(help="Pairs: user_id, item_id, and as_of or timestamp.")],
+    out: Annotated[Path, typer.Option("--out", help="A folder of its own, for Parquet parts.")],
+    items: ItemsOption = None,
+    history: HistoryOption = 10,
+    rationales: RationalesOption = 1,
+    readout: ReadoutOption = "mean",
+    base: BaseOption = "smollm2-135m",
+    adapters: AdaptersOption = None,
+    scale: ScaleOption = "1-5",
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    concurrency: Annotated[int, typer.Option(help="Runs of the graph in flight.")] = 64,
+    allow_prompt_mismatch: MismatchOption = False,
+) -> None:
+    """Rate many pairs into a folder of Parquet; call it again to continue a stopped job."""
+    from r4r_graph.bulk import rate_pairs
+    from r4r_graph.cli import display
+    from r4r_graph.reviews import load_pairs
+
+    knobs = _checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    wanted = load_pairs(pairs)
+    recommender = _load(
+        reviews,
+        items,
+        base,
+        adapters,
+        scale=scale,
+        device=device,
+        allow_prompt_mismatch=allow_prompt_mismatch,
+    )
+    with recommender, display.progress("ratings", err) as tell:
+        report = rate_pairs(
+            recommender, wanted, out, concurrency=concurrency, on_progress=tell, **knobs
+        )
+    typer.echo(json.dumps(asdict(report)))
+
+
+@app.command()
+def summarize(
+    reviews: ReviewsOption,
+    items: ItemsOption = None,
+    base: BaseOption = "smollm2-135m",
+    adapters: AdaptersOption = None,
+    scale: ScaleOption = "1-5",
+    device: DeviceOption = None,
+    concurrency: Annotated[int, typer.Option(help="Reviews in flight.")] = 64,
+    allow_prompt_mismatch: MismatchOption = False,
+) -> None:
+    """Summarize every review once, into the cache; call it again to continue."""
+    from r4r_graph.bulk import summarize_reviews
+    from r4r_graph.cli import display
+
+    recommender = _load(
+        reviews,
+        items,
+        base,
+        adapters,
+        scale=scale,
+        device=device,
+        allow_prompt_mismatch=allow_prompt_mismatch,
+    )
+    with recommender, display.progress("summaries", err) as tell:
+        report = summarize_reviews(recommender, concurrency=concurrency, on_progress=tell)
+    typer.echo(json.dumps(asdict(report)))
+
+
+@app.command()
 def demo(
     base: BaseOption = "smollm2-135m",
     adapters: AdaptersOption = None,
-    seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Rate one pair of a small sample that comes with the package, and show the graph."""
     from r4r_graph.cli import display
     from r4r_graph.debug import draw
     from r4r_graph.errors import MissingExtraError
-    from r4r_graph.recommender import Recommender
 
     sample = Path(__file__).parents[1] / "_demo"
     out.print("A sample of invented albums, reviewed by invented people.", style="dim")
     out.print("The pair: user mara, item glass-harbour; mara has not reviewed it yet.", style="dim")
-    with _loading():
-        recommender = Recommender.load(
-            sample / "reviews.jsonl", sample / "items.jsonl", base, adapters
-        )
+    recommender = _load(sample / "reviews.jsonl", sample / "items.jsonl", base, adapters)
     with recommender:
         display.show_run(recommender.stream("mara", "glass-harbour", seed=seed), out, err)
         out.print("\nThe graph that ran:\n", style="bold")
@@ -162,8 +240,6 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check versions, device, base model, adapters and cache: what works, how to mend the rest."""
-    from dataclasses import asdict
-
     from r4r_graph.cli import display
     from r4r_graph.cli.doctor import examine
 
@@ -215,15 +291,20 @@ def cache_clear(
     display.show_cleared(deleted, count, out)
 
 
-class _loading:
-    """A spinner on stderr while models and reviews load; the log speaks through it."""
+def _checked_knobs(**knobs: Any) -> dict[str, Any]:
+    """The knobs, refused before a model is loaded where one is out of range."""
+    from r4r_graph.recommender import check_knobs
 
-    def __enter__(self) -> None:
-        self._status = err.status("loading reviews and models", spinner="line")
-        self._status.start()
+    check_knobs(knobs)
+    return knobs
 
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
+
+def _load(*arguments: Any, **settings: Any) -> Recommender:
+    """Load with a spinner on stderr; the log speaks through it."""
+    from r4r_graph.recommender import Recommender
+
+    with err.status("loading reviews and models", spinner="line"):
+        return Recommender.load(*arguments, **settings)
 
 
 def main() -> None:

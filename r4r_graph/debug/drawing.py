@@ -37,7 +37,12 @@ def draw(graph: CompiledStateGraph[Any, Any, Any, Any], form: str = "mermaid") -
         return json.dumps({"nodes": nodes, "edges": edges}, indent=2)
     if form == "ascii":
         try:
-            return str(drawable.draw_ascii())
+            picture = str(drawable.draw_ascii())
         except ImportError:
             raise MissingExtraError("drawing a graph in ASCII", "drawing") from None
+        # The picture has no arrow heads and lays one line over another where edges run both ways.
+        arrows = sorted(
+            f"{e.source} {'..>' if e.conditional else '-->'} {e.target}" for e in drawable.edges
+        )
+        return "\n".join([picture, "", *arrows])
     raise SettingError(f"unknown format {form!r}; there are: {', '.join(FORMATS)}")

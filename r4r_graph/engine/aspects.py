@@ -29,6 +29,12 @@ _LIST = rf"({_PHRASE})(; {_PHRASE}){{0,{MAX_PHRASES - 1}}}"
 PATTERN = r"\n".join(f"{name}: {_LIST}" for name in SECTIONS)
 """Regular expression of the whole answer. `none` is a phrase like any other to the automaton."""
 
+# The parser is not as strict: single bytes that the automaton lets through may spell a white
+# space together (U+00A0), and Python counts some control characters as white space.
+_WRITTEN = re.compile(
+    r"\n".join(rf"{name}: [^;<>\n]+(; [^;<>\n]+){{0,{MAX_PHRASES - 1}}}" for name in SECTIONS)
+)
+
 _EMPTY_WORDS = frozenset({EMPTY, "n/a", "not mentioned", "not applicable", "nothing"})
 
 
@@ -49,7 +55,7 @@ def parse_aspects(text: str) -> AspectSummary:
     Raises:
         ValueError: the text is not of the format.
     """
-    if not re.fullmatch(PATTERN, text):
+    if not _WRITTEN.fullmatch(text):
         raise ValueError(f"not an aspect summary: {text[:200]!r}")
     bodies = [line.split(": ", 1)[1] for line in text.split("\n")]
     return AspectSummary(*(_phrases(body.split("; ")) for body in bodies))

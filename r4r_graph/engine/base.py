@@ -5,11 +5,13 @@ An engine serves many adapters of one base model. The experts know nothing else 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
+from r4r_graph.errors import RequestError
 from r4r_graph.schema import RatingDistribution, RatingScale
 
 Role = Literal["system", "user", "assistant"]
@@ -111,6 +113,20 @@ class TokenMeter(Protocol):
     def head(self, text: str, limit: int) -> str:
         """The longest beginning of `text` of at most `limit` tokens."""
         ...
+
+
+def check_decoding(request: GenerateRequest) -> None:
+    """Refuse decoding settings that no engine can serve.
+
+    Raises:
+        RequestError: it names them.
+    """
+    sound = request.max_tokens >= 1 and math.isfinite(request.temperature)
+    if not sound or request.temperature < 0 or not 0 < request.top_p <= 1:
+        raise RequestError(
+            f"bad decoding settings: max_tokens={request.max_tokens}, "
+            f"temperature={request.temperature}, top_p={request.top_p}"
+        )
 
 
 ResultT_co = TypeVar("ResultT_co", bound=GenerateResult | RateResult, covariant=True)

@@ -108,7 +108,7 @@ class _Job:
         return Row(self.prepared, self._stopped, self._show if self.on_text else None)
 
     def _stopped(self) -> bool:
-        return self.future.cancelled() or self.listener_error is not None
+        return self.future.done() or self.listener_error is not None
 
     def _show(self, text: str) -> None:
         """Pass on what is new; a batch that is computed again shows nothing twice."""
@@ -123,7 +123,7 @@ class _Job:
 
     def finish(self, outcome: Result | Exception) -> None:
         error = self.listener_error or (outcome if isinstance(outcome, Exception) else None)
-        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+        with contextlib.suppress(InvalidStateError):  # cancelled or closed meanwhile
             if error is None:
                 self.future.set_result(outcome)
             elif isinstance(error, R4RError) or error is self.listener_error:
@@ -163,6 +163,7 @@ class BatchingEngine:
         self._patience = patience
         self._linger = linger
         self._queue: deque[_Job] = deque()
+        self._running: Sequence[_Job] = ()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
@@ -225,12 +226,12 @@ class BatchingEngine:
         return cast("list[RateResult]", await self._agather(requests, return_exceptions))
 
     def close(self) -> None:
-        """Stop the worker; what is queued ends with an error. May be called twice."""
+        """Stop the worker; what is queued or running ends with an error. May be called twice."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            left, self._queue = list(self._queue), deque()
+            left, self._queue = [*self._queue, *self._running], deque()
             self._arrived.notify_all()
             self._wake_waiters()
         for job in left:
@@ -343,10 +344,11 @@ class BatchingEngine:
                 if self._closed:
                     return
                 self._await_siblings()
-                jobs = self._take()
+                jobs = self._running = self._take()
                 self._wake_waiters()
             if jobs:
                 self._execute(jobs)
+                self._running = ()
 
     def _await_siblings(self) -> None:
         """Linger while the oldest request's announced siblings are still on their way."""
@@ -390,6 +392,8 @@ class BatchingEngine:
 
     def _execute(self, jobs: list[_Job]) -> None:
         """Compute a batch. If it fails as a whole, halve it: the culprit ends up alone."""
+        if self._closed:
+            return
         rows = [job.row() for job in jobs]
         outcomes: Sequence[Result | Exception]
         try:

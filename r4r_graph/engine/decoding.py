@@ -13,7 +13,7 @@ is seen one byte late), so `1` would never become `1.5`; with the new line no su
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,25 @@ class Grammars:
         """The token of a new line alone."""
         return self.token_of["\n"]
 
+    @cached_property
+    def shortest_aspects(self) -> int:
+        """Tokens of the shortest aspect summary, its end included."""
+        return len(self.spell(aspects.closing(""))) + 1
+
+    @cached_property
+    def aspect_margin(self) -> int:
+        """By how many tokens the closing of an aspect summary may grow when one token is added:
+        after `;`, or after a token that is only a part of the next word of the closing."""
+        whole = aspects.closing("")
+        costs = [len(self.spell(whole[at:])) for at in range(len(whole) + 1)]
+        grown = [max(costs[at:]) - cost for at, cost in enumerate(costs)]
+        ends = [at for at in range(len(whole) + 1) if whole[at:].startswith("\n") or not whole[at:]]
+        listed = [
+            len(self.spell(f" {aspects.EMPTY}{whole[at:]}")) - min(costs[at - 4 : at + 1])
+            for at in ends
+        ]
+        return max(*grown, *listed)
+
     def spell(self, text: str) -> list[int]:
         """Tokens that spell `text`, the longest first at each place; every step of it is a step
         of the automaton, which a tokenizer's own segmentation need not be."""
@@ -103,11 +122,6 @@ class AspectDecoder:
         self._text = ""
         self._phrase_tokens = 0
         self._closing: list[int] = []
-
-    @staticmethod
-    def shortest(grammars: Grammars) -> int:
-        """Tokens of the shortest answer, its end included."""
-        return len(grammars.spell(aspects.closing(""))) + 1
 
     def advance(self, token: int) -> None:
         """Take in the token that was chosen."""
@@ -146,12 +160,12 @@ class AspectDecoder:
         return mask
 
     def _must_close(self) -> bool:
-        """Whether just enough tokens are left to close; fills in how. A token may add a few
-        characters that need closing themselves, hence the margin."""
-        if self._left > AspectDecoder.shortest(self._grammars) + 4:
+        """Whether another free token might leave too few to close; fills in how to close."""
+        spare = self._left - self._grammars.aspect_margin - 2  # that token and the end token
+        if spare >= self._grammars.shortest_aspects + self._grammars.aspect_margin:
             return False
         self._closing = self._grammars.spell(aspects.closing(self._text))
-        if self._left > len(self._closing) + 4:
+        if spare >= len(self._closing):
             self._closing = []
             return False
         return True
@@ -180,9 +194,15 @@ class RatingReadout:
         # The automaton prefers the first alternative that matches: 10 must come before 1.
         longest_first = sorted(scale.labels, key=len, reverse=True)
         pattern = "(" + "|".join(map(re.escape, longest_first)) + ")\n"
-        self._index = grammars.index(pattern)
+        try:
+            self._index = grammars.index(pattern)
+        except ValueError:  # no way through the automaton at all
+            raise self._unspellable(scale.labels) from None
         self._grammars = grammars
         self.root = self._branch(self._index.get_initial_state(), (), "")
+        spelled = set(_completed(self.root))
+        if missing := [v for i, v in enumerate(scale.labels) if i not in spelled]:
+            raise self._unspellable(missing)
         opened = list(_open(self.root))
         prefixes = [branch.prefix for branch in opened]
         self.probes: list[tuple[int, ...]] = [
@@ -204,11 +224,11 @@ class RatingReadout:
                     steps[token] = self.scale.labels.index(spelled)
                 else:
                     steps[token] = self._branch(after, (*prefix, token), spelled)
-        if not steps:
-            raise ModelError(
-                f"this tokenizer has no tokens for the ratings {', '.join(self.scale.labels)}"
-            )
         return _Branch(prefix, steps)
+
+    @staticmethod
+    def _unspellable(labels: Sequence[str]) -> ModelError:
+        return ModelError(f"this tokenizer has no tokens for the ratings {', '.join(labels)}")
 
     def read(self, log_probs: Mapping[tuple[int, ...], torch.Tensor]) -> RatingDistribution:
         """The distribution from log-probabilities (shape (V,), unmasked) after each open prefix.
@@ -239,3 +259,12 @@ class RatingReadout:
 def _open(branch: _Branch) -> Sequence[_Branch]:
     deeper = [step for step in branch.steps.values() if isinstance(step, _Branch)]
     return [branch, *(inner for step in deeper for inner in _open(step))]
+
+
+def _completed(branch: _Branch) -> Iterator[int]:
+    """Indices of the values that can be completed from here on."""
+    for step in branch.steps.values():
+        if isinstance(step, int):
+            yield step
+        else:
+            yield from _completed(step)

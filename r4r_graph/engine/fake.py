@@ -27,12 +27,14 @@ from r4r_graph.engine.base import (
     Message,
     RateRequest,
     RateResult,
+    check_decoding,
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
 from r4r_graph.errors import RequestError
 from r4r_graph.schema import AspectSummary, RatingDistribution
 
 _BOS = 1
+_LEAST_ASPECT_TOKENS = 9
 _WORDS = [
     "this",
     "person",
@@ -111,8 +113,14 @@ class FakeBackend:
         if request.adapter is not None and request.adapter not in self.info.adapters:
             raise RequestError(f"no adapter {request.adapter!r} is loaded")
         ids = self.meter.prompt(request.messages)
-        generates = isinstance(request, GenerateRequest)
-        answer = request.max_tokens if isinstance(request, GenerateRequest) else 1
+        generates, answer = isinstance(request, GenerateRequest), 1
+        if isinstance(request, GenerateRequest):
+            check_decoding(request)
+            answer = request.max_tokens
+            if request.format == "aspects" and answer < _LEAST_ASPECT_TOKENS:
+                raise RequestError(
+                    f"max_tokens {answer} is under the format's least, {_LEAST_ASPECT_TOKENS}"
+                )
         if len(ids) + answer > self.info.max_tokens:
             raise RequestError(
                 f"a prompt of {len(ids)} tokens and an answer of up to {answer} exceed the "
@@ -122,13 +130,15 @@ class FakeBackend:
 
     def fingerprint(self, request: GenerateRequest) -> str:
         """See `Engine.fingerprint`."""
+        return self._digest(request, request.max_tokens, request.stop)
+
+    def _digest(self, request: GenerateRequest, *more: object) -> str:
         facts = [
             self.meter.prompt(request.messages),
             request.adapter,
             request.format,
-            request.max_tokens,
-            request.stop,
             [request.temperature, request.top_p, request.seed] if request.temperature else None,
+            *more,
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
@@ -160,7 +170,7 @@ class FakeBackend:
         if self._write is not None:
             whole = self._write(request)
         else:
-            whole = _invented(request, self.fingerprint(request))
+            whole = _invented(request, self._digest(request))
         cuts = [at for stop in request.stop if (at := whole.find(stop)) >= 0]
         tokens = _tokens(whole[: min(cuts)] if cuts else whole)
         for end in range(1, min(len(tokens), request.max_tokens) + 1):
@@ -207,11 +217,13 @@ def fake_engine(
     return BatchingEngine(FakeBackend(adapters=adapters, write=write, rate=rate, delay=delay))
 
 
-def _invented(request: GenerateRequest, fingerprint: str) -> str:
-    dice = random.Random(fingerprint)
+def _invented(request: GenerateRequest, digest: str) -> str:
+    dice = random.Random(digest)
     if request.format == "aspects":
         seen = re.findall(r"[a-z]{5,}", " ".join(m.content for m in request.messages[:-1]))
         lists = [dice.sample(seen, min(len(seen), dice.randint(0, 3))) for _ in range(3)]
+        for phrases in lists:  # a phrase more is a word and a semicolon more
+            del phrases[1 + (request.max_tokens - _LEAST_ASPECT_TOKENS) // 6 :]
         return aspects.format_aspects(AspectSummary(*map(tuple, lists)))
     return " ".join(dice.choices(_WORDS, k=dice.randint(12, 24))).capitalize() + "."
 

@@ -22,9 +22,10 @@ from r4r_graph.engine.base import (
     GenerateResult,
     RateRequest,
     RateResult,
+    check_decoding,
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
-from r4r_graph.engine.decoding import AspectDecoder, Grammars, RatingReadout
+from r4r_graph.engine.decoding import Grammars, RatingReadout
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.errors import RequestError
 from r4r_graph.schema import RatingScale
@@ -46,6 +47,8 @@ class LocalBackend:
     def __init__(
         self, model: Any, tokenizer: Any, info: EngineInfo, adapters: Mapping[str, Path]
     ) -> None:
+        from transformers import GenerationConfig
+
         self.info = info
         self.meter = HubTokenMeter(tokenizer)
         self._tokenizer = tokenizer
@@ -56,6 +59,9 @@ class LocalBackend:
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
         self._pad: int = tokenizer.pad_token_id
+        # Unset what the model's own settings ask for, such as a repetition penalty: it would
+        # reach every request, and take a batch's padding for text.
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._adapted: Any = None
         for name, path in adapters.items():
             self._add_adapter(model, name, path)
@@ -100,14 +106,10 @@ class LocalBackend:
             cost = (len(ids) + answer) * len(readout.probes)
             key = ("rate", request.adapter, request.scale)
         else:
+            check_decoding(request)
             answer = request.max_tokens
             if request.format == "aspects" and answer < (least := self.least_aspect_tokens):
                 raise RequestError(f"max_tokens {answer} is under the format's least, {least}")
-            if answer < 1 or request.temperature < 0 or not 0 < request.top_p <= 1:
-                raise RequestError(
-                    f"bad decoding settings: max_tokens={answer}, "
-                    f"temperature={request.temperature}, top_p={request.top_p}"
-                )
             cost = len(ids) + answer
             key = ("generate", request.adapter, request.format)
         if len(ids) + answer > self.info.max_tokens:
@@ -139,7 +141,7 @@ class LocalBackend:
     @property
     def least_aspect_tokens(self) -> int:
         """The smallest `max_tokens` with which an aspect summary can always be closed."""
-        return AspectDecoder.shortest(self._grammars) + 8
+        return self._grammars.shortest_aspects + 8
 
     def _readout(self, scale: RatingScale) -> RatingReadout:
         with self._lock:
@@ -193,7 +195,7 @@ class LocalBackend:
         ids, mask = self._left_padded([row.prepared.ids for row in rows])
         width = ids.shape[1]
         stopper = RowStopper(rows, width, self._ends, self._text)
-        sampler = RowSampler(requests, width, self._grammars, self._pad, self._ends)
+        sampler = RowSampler(requests, width, self._grammars, stopper.done)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max(request.max_tokens for request in requests),
             do_sample=False,
@@ -302,5 +304,6 @@ def load_local_engine(
         max_tokens=model.config.max_position_embeddings,
     )
     backend = LocalBackend(model, tokenizer, info, {e: a.path for e, a in found.items()})
-    budget = max_batch_tokens or (131072 if device.startswith("cuda") else 16384)
-    return BatchingEngine(backend, max_batch_tokens=budget), notes
+    tokens, rows = (131072, 128) if device.startswith("cuda") else (16384, 32)
+    engine = BatchingEngine(backend, max_batch_tokens=max_batch_tokens or tokens, max_rows=rows)
+    return engine, notes

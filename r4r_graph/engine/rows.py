@@ -31,17 +31,14 @@ class RowSampler(LogitsProcessor):
         requests: Sequence[GenerateRequest],
         width: int,
         grammars: Grammars,
-        pad: int,
-        ends: Sequence[int],
+        done: Sequence[bool],
     ) -> None:
         self._requests = requests
         self._width = width
         self._grammars = grammars
-        self._pad = pad
-        self._ends = frozenset(ends)
+        self._done = done  # the stopper's, up to date
         self._decoders: list[AspectDecoder | None] = []
         self._noise: list[torch.Generator | None] = []
-        self._ended = [False] * len(requests)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores of shape (rows, vocabulary), changed in place of the rows that need it."""
@@ -52,7 +49,7 @@ class RowSampler(LogitsProcessor):
         else:
             self._advance(input_ids[:, -1].tolist())
         for i, request in enumerate(self._requests):
-            if self._ended[i]:
+            if self._done[i]:
                 continue
             if (decoder := self._decoders[i]) is not None:
                 mask = decoder.allowed()[: scores.shape[1]].to(scores.device)
@@ -79,10 +76,8 @@ class RowSampler(LogitsProcessor):
 
     def _advance(self, tokens: Sequence[int]) -> None:
         for i, token in enumerate(tokens):
-            # A row that ended, or was stopped early, receives padding from then on.
-            if token in self._ends or token == self._pad:
-                self._ended[i] = True
-            elif not self._ended[i] and (decoder := self._decoders[i]) is not None:
+            # A row that is done receives padding from then on.
+            if not self._done[i] and (decoder := self._decoders[i]) is not None:
                 decoder.advance(token)
 
 
@@ -115,7 +110,9 @@ class RowStopper(StoppingCriteria):
         self._ends = frozenset(ends)
         self._decode = decode
         self._requests = [row.prepared.request for row in rows]
-        self._done = [False] * len(rows)
+        self.done = [False] * len(rows)
+        """Row by row; kept up to date."""
+        self._used = [0] * len(rows)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Which rows are done, shape (rows,), bool."""
@@ -123,9 +120,10 @@ class RowStopper(StoppingCriteria):
 
         answers = input_ids[:, self._width :].tolist()
         for i, row in enumerate(self._rows):
-            if not self._done[i]:
-                self._done[i] = row.cancelled() or self._ends_now(i, row, answers[i])
-        return torch.tensor(self._done, device=input_ids.device)
+            if not self.done[i]:
+                self._used[i] = len(answers[i])
+                self.done[i] = row.cancelled() or self._ends_now(i, row, answers[i])
+        return torch.tensor(self.done, device=input_ids.device)
 
     def _ends_now(self, i: int, row: Row, answer: Sequence[int]) -> bool:
         request = self._requests[i]
@@ -145,16 +143,15 @@ class RowStopper(StoppingCriteria):
         """The finished row, from its padded answer ids."""
         request = self._requests[i]
         assert isinstance(request, GenerateRequest)
-        end = next((at for at, token in enumerate(answer) if token in self._ends), None)
-        used = min(len(answer) if end is None else end + 1, request.max_tokens)
-        text = self._decode(answer[: used if end is None or used <= end else end])
+        answer = answer[: self._used[i]]  # without the padding behind it
+        ended = answer[-1] in self._ends
+        text = self._decode(answer[:-1] if ended else answer)
         cut = _cut(text, request.stop)
-        stopped = cut is not None or (end is not None and end < request.max_tokens)
         return GenerateResult(
             text=text if cut is None else cut,
             prompt_tokens=prompt_tokens,
-            completion_tokens=used,
-            finish="stop" if stopped else "length",
+            completion_tokens=len(answer),
+            finish="stop" if ended or cut is not None else "length",
         )
 
 

@@ -40,7 +40,15 @@ class HubTokenMeter:
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
         offsets = encoded["offset_mapping"]
-        return text if len(offsets) <= limit else text[: offsets[limit - 1][1] if limit else 0]
+        if len(offsets) <= limit:
+            return text
+        for at in range(limit, 0, -1):
+            end = offsets[at - 1][1]
+            # Tokens that share one character share its end, too; and a beginning may be split up
+            # otherwise than the same words in a longer text.
+            if end <= offsets[at][0] and self.count(text[:end]) <= limit:
+                return text[:end]
+        return ""
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a whole prompt, up to where the answer begins. The template writes the

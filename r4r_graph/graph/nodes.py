@@ -29,6 +29,9 @@ class Nodes:
 
     def __init__(self, experts: Experts, reviews: ReviewSource | None) -> None:
         self._experts = experts
+        self._summarizer = experts.summarizer
+        self._reasoner = experts.reasoner
+        self._predictor = experts.predictor
         self._reviews = reviews
 
     # recall ----------------------------------------------------------------------------------
@@ -63,13 +66,13 @@ class Nodes:
     def summarize(self, task: SummarizerTask) -> Json:
         """Summarize one review."""
         started = time.time()
-        made = self._experts.summarizer.summarize(*_summarizer_arguments(task))
+        made = self._summarizer.summarize(*_summarizer_arguments(task))
         return self._summarized(task, made, started)
 
     async def asummarize(self, task: SummarizerTask) -> Json:
         """As `summarize`."""
         started = time.time()
-        made = await self._experts.summarizer.asummarize(*_summarizer_arguments(task))
+        made = await self._summarizer.asummarize(*_summarizer_arguments(task))
         return self._summarized(task, made, started)
 
     @staticmethod
@@ -107,7 +110,7 @@ class Nodes:
         started = time.time()
         evidence, cuts = self._experts.fit(evidence_of(state))
         sampling = _next_round(state, knobs())
-        drawn = self._experts.reasoner.write(evidence, sampling)
+        drawn = self._reasoner.write(evidence, sampling)
         return self._reasoned(state, [asdict(cut) for cut in cuts], sampling, drawn, started)
 
     async def areason(self, state: RatingState) -> Json:
@@ -115,7 +118,7 @@ class Nodes:
         started = time.time()
         evidence, cuts = self._experts.fit(evidence_of(state))
         sampling = _next_round(state, knobs())
-        drawn = await self._experts.reasoner.awrite(evidence, sampling)
+        drawn = await self._reasoner.awrite(evidence, sampling)
         return self._reasoned(state, [asdict(cut) for cut in cuts], sampling, drawn, started)
 
     def _reasoned(
@@ -153,13 +156,13 @@ class Nodes:
     def predict(self, state: RatingState) -> Json:
         """Rate with each new rationale, and mix all distributions so far."""
         started = time.time()
-        rated = self._experts.predictor.rate(*self._to_rate(state))
+        rated = self._predictor.rate(*self._to_rate(state))
         return self._predicted(state, rated, started)
 
     async def apredict(self, state: RatingState) -> Json:
         """As `predict`."""
         started = time.time()
-        rated = await self._experts.predictor.arate(*self._to_rate(state))
+        rated = await self._predictor.arate(*self._to_rate(state))
         return self._predicted(state, rated, started)
 
     def _to_rate(self, state: RatingState) -> tuple[Evidence, list[str]]:

@@ -7,7 +7,7 @@ reviews of this item are in neither history and in neither average.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,8 +54,10 @@ def recall(
             "nothing to read: build the graph with a review source, or pass user_history and "
             "item_history"
         )
-    if reviews is not None and given_user is None and given_item is None:
-        warnings += _unknown_ids(user_id, item_id, reviews)
+    if reviews is not None:
+        asked_user = user_id if given_user is None else None
+        asked_item = item_id if given_item is None else None
+        warnings += _unknown_ids(asked_user, asked_item, reviews)
     item = _item(state.get("item"), item_id, before, reviews)
 
     if given_user is not None:
@@ -97,11 +99,6 @@ def recall(
         },
         "user_reviews": [_entry(r, _kind(r, item, reviews)) for r in user.reviews],
         "item_reviews": [_entry(r, item.category) for r in others.reviews],
-        # The input is used up: another run on this thread brings its own.
-        "as_of": None,
-        "item": None,
-        "user_history": None,
-        "item_history": None,
     }
 
 
@@ -112,12 +109,13 @@ def _id(state: RatingState, name: str) -> str:
     return value
 
 
-def _unknown_ids(user_id: str, item_id: str, reviews: ReviewSource) -> list[str]:
-    """Warnings for an id found nowhere; an error where both are."""
+def _unknown_ids(user_id: str | None, item_id: str | None, reviews: ReviewSource) -> list[str]:
+    """Warnings for an id found nowhere; an error where both are. None is not asked for: that
+    side's history was passed."""
     missing = []
-    if not reviews.knows_user(user_id):
+    if user_id is not None and not reviews.knows_user(user_id):
         missing.append(f"user {user_id!r}")
-    if not reviews.knows_item(item_id):
+    if item_id is not None and not reviews.knows_item(item_id):
         missing.append(f"item {item_id!r}")
     if len(missing) == 2:
         raise UnknownPairError(
@@ -140,6 +138,8 @@ def _passed(
     found = []
     for at, row in enumerate(rows, start=1):
         try:
+            if not isinstance(row, Mapping):
+                raise DataError(f"{type(row).__name__} is no mapping of columns to values")
             filled = {**defaults, **{k: v for k, v in row.items() if v not in (None, "")}}
             review = Review.from_dict(filled)
             scale.check(review.rating)

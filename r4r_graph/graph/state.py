@@ -1,15 +1,18 @@
 """The graph's state, its input, and the run's knobs. All of it is plain JSON values.
 
-What a run is *given* and what it *found out* live under different keys: a thread that is used
-again for another pair then never mistakes the last run's histories for new input.
+What a run is *given* and what it *found out* live under different keys, and what it is given is
+gone after the first step, even if that failed: a thread that is used again for another pair then
+never mistakes the last run's histories for new input.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from langgraph.channels import EphemeralValue
 from langgraph.runtime import get_runtime
 from typing_extensions import TypedDict
 
@@ -38,19 +41,36 @@ class Knobs:
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
-        _check("history", self.history, self.history >= 0, "0 or more")
-        _check("rationales", self.rationales, 1 <= self.rationales <= 256, "1 to 256")
-        _check("round_size", self.round_size, self.round_size >= 1, "1 or more")
-        _check("sure", self.sure, 0 < self.sure <= 1, "above 0 and at most 1")
+        """Refuse what is of another type or out of range."""
+        _check_whole("history", self.history, 0)
+        _check_whole("rationales", self.rationales, 1, 256)
+        _check_whole("round_size", self.round_size, 1)
+        _check_whole("seed", self.seed)
+        _check_share("sure", self.sure)
+        _check_share("top_p", self.top_p)
         _check("readout", self.readout, self.readout in READOUTS, ", ".join(READOUTS))
-        _check("temperature", self.temperature, self.temperature > 0, "above 0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        warm = _is_number(self.temperature) and 0 < self.temperature < math.inf
+        _check("temperature", self.temperature, warm, "a number above 0")
 
 
 def _check(name: str, value: object, sound: bool, allowed: str) -> None:
     if not sound:
         raise SettingError(f"bad setting {name}={value!r}: must be {allowed}")
+
+
+def _check_whole(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
+    bounds = "" if least == -math.inf else f", {least} or more"
+    allowed = f"a whole number{bounds if most == math.inf else f', {least} to {most}'}"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _check(name, value, whole and least <= value <= most, allowed)
+
+
+def _check_share(name: str, value: Any) -> None:
+    _check(name, value, _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def knobs() -> Knobs:
@@ -64,13 +84,13 @@ class RatingInput(TypedDict, total=False):
 
     user_id: str
     item_id: str
-    as_of: float | str | None
+    as_of: Annotated[float | str | None, EphemeralValue]
     """Only reviews strictly earlier are read: unix seconds or ISO 8601; default now."""
-    item: Json | None
+    item: Annotated[Json | None, EphemeralValue]
     """`Item.to_dict()`, where the review source does not know it."""
-    user_history: list[Json] | None
+    user_history: Annotated[list[Json] | None, EphemeralValue]
     """`Review.to_dict()`s; replaces asking the review source for this side."""
-    item_history: list[Json] | None
+    item_history: Annotated[list[Json] | None, EphemeralValue]
 
 
 def merge(old: Json, new: Json) -> Json:

@@ -1,0 +1,80 @@
+"""What the documents say is true of the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from r4r_graph.cli import app
+from r4r_graph.debug import draw
+from r4r_graph.engine import fake_engine
+from r4r_graph.experts import Experts
+from r4r_graph.graph import build_graph
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [body for tag, body in fenced if tag == language]
+
+
+def test_the_readme_draws_the_graph_that_runs() -> None:
+    [picture] = _blocks("mermaid")
+    found = re.findall(r"^\s*(\w+)\S* (-\.->|-->) (\w+)", picture, re.MULTILINE)
+    shown = {(source, target, arrow == "-.->") for source, arrow, target in found}
+    drawn = json.loads(draw(build_graph(Experts(fake_engine())), "json"))
+    assert shown == {(e["source"], e["target"], e["conditional"]) for e in drawn["edges"]}
+
+
+def test_the_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the sample, with the fake engine in the place of the model."""
+    import r4r_graph
+    from r4r_graph import Recommender
+
+    sample = ROOT / "r4r_graph" / "_demo"
+    load, load_reviews = Recommender.load, r4r_graph.load_reviews
+
+    def load_fake(reviews: str, items: str) -> Recommender:
+        assert (reviews, items) == ("reviews.parquet", "items.parquet")
+        return load(sample / "reviews.jsonl", sample / "items.jsonl", engine=fake_engine())
+
+    monkeypatch.setattr(Recommender, "load", load_fake)
+    monkeypatch.setattr(
+        r4r_graph, "load_reviews", lambda _: load_reviews(sample / "reviews.jsonl"), raising=False
+    )
+    names: dict[str, Any] = {}
+    for block in _blocks("python"):
+        exec(block, names)
+    assert 1 <= names["result"].rating <= 5
+    assert 1 <= names["state"]["recommendation"]["rating"] <= 5
+    assert type(names["event"]).__name__ == "Recommendation"
+
+
+def test_the_readme_names_only_options_that_exist() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    block = next(b for b in _blocks("") if "r4r rate" in b)
+    assert set(re.findall(r"^r4r (\w+)", block, re.MULTILINE)) == set(commands) - {"demo"}
+    options = {o for parameter in commands["rate"].params for o in parameter.opts}
+    rate = block.split("r4r graph")[0]
+    assert set(re.findall(r"--[a-z-]+", rate)) <= options
+
+
+def test_the_two_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
