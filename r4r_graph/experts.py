@@ -31,6 +31,7 @@ from r4r_graph.engine.base import (
     TokenMeter,
 )
 from r4r_graph.engine.chat import EngineChatModel
+from r4r_graph.errors import EngineFailure
 from r4r_graph.evidence import (
     DEFAULT_KIND,
     Evidence,
@@ -80,6 +81,8 @@ class Sampling:
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    first: int = 0
+    """Number of the round's first rationale; each stream of tokens carries its own as metadata."""
 
 
 class Summarizer:
@@ -125,7 +128,7 @@ class Summarizer:
 
         def compute() -> dict[str, Any]:
             made.extend(self._engine.generate([request]))
-            return aspects.parse_aspects(made[-1].text).to_dict()
+            return _parsed(made[-1].text)
 
         key = self._engine.fingerprint(request)
         return self._summarized(*self._cache.get_or_compute(key, compute), truncated, made)
@@ -137,7 +140,7 @@ class Summarizer:
 
         async def compute() -> dict[str, Any]:
             made.extend(await self._engine.agenerate([request]))
-            return aspects.parse_aspects(made[-1].text).to_dict()
+            return _parsed(made[-1].text)
 
         key = self._engine.fingerprint(request)
         return self._summarized(*await self._cache.aget_or_compute(key, compute), truncated, made)
@@ -179,7 +182,7 @@ class Reasoner:
     def write(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
         """One rationale a seed, in the seeds' order."""
         messages = self.messages(evidence)
-        settings = [self._settings(sampling, seed) for seed in sampling.seeds]
+        settings = self._settings(sampling)
         if len(settings) == 1:
             return [_rationale(self._model.invoke(messages, **settings[0]))]
         with get_executor_for_config({"max_concurrency": len(settings)}) as pool:
@@ -189,20 +192,23 @@ class Reasoner:
     async def awrite(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
         """As `write`."""
         messages = self.messages(evidence)
-        settings = [self._settings(sampling, seed) for seed in sampling.seeds]
         answers = await asyncio.gather(
-            *(self._model.ainvoke(messages, **each) for each in settings)
+            *(self._model.ainvoke(messages, **each) for each in self._settings(sampling))
         )
         return list(map(_rationale, answers))
 
-    def _settings(self, sampling: Sampling, seed: int) -> dict[str, Any]:
-        return {
-            "max_tokens": self._budgets.rationale,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed,
-            "siblings": len(sampling.seeds),
-        }
+    def _settings(self, sampling: Sampling) -> list[dict[str, Any]]:
+        return [
+            {
+                "config": {"metadata": {"rationale": number}},
+                "max_tokens": self._budgets.rationale,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": seed,
+                "siblings": len(sampling.seeds),
+            }
+            for number, seed in enumerate(sampling.seeds, start=sampling.first)
+        ]
 
 
 class Predictor:
@@ -295,6 +301,14 @@ def _messages(rendered: prompts.RenderedPrompt) -> tuple[Message, ...]:
         Message("user", rendered.context),
         Message("user", rendered.task),
     )
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The summary in an answer. Engines enforce the format; one that does not has failed."""
+    try:
+        return aspects.parse_aspects(text).to_dict()
+    except ValueError as error:
+        raise EngineFailure(f"the engine left the summarizer's format: {error}") from error
 
 
 def _rationale(answer: AIMessage) -> Rationale:

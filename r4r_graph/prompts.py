@@ -84,7 +84,8 @@ def history_line(
 ) -> str:
     """One review as it stands in the context of reasoner and predictor, with its rating."""
     module: Any = _environment().get_template("_history.jinja").module
-    return str(module.line(_cleaned(aspects, tuple(special_tokens)), named, True))
+    line = str(module.line(_cleaned(aspects, tuple(special_tokens)), named, True))
+    return line.strip().strip(";")
 
 
 def clean(text: str, special_tokens: Sequence[str] = ()) -> str:
@@ -97,15 +98,16 @@ def clean(text: str, special_tokens: Sequence[str] = ()) -> str:
     """
     control = [t.strip() for t in special_tokens if t.strip() and not set(t) & {"<", ">"}]
     line = " ".join(text.split())
-    if not _PLAIN.fullmatch(line):
+    plain = _PLAIN.fullmatch(line)
+    if not plain:
         visible = _UNUSUAL.sub(lambda match: _visible(match[0]), text)
         line = " ".join(visible.translate(_BRACKETS).split())
-        folded = unicodedata.normalize("NFKC", line)
-        if "<" in folded or ">" in folded or any(t in folded and t not in line for t in control):
-            line = " ".join(folded.translate(_BRACKETS).split())
     found = True
     while found:  # each pass leaves fewer or shorter runs without a space, so this ends
         found = False
+        folded = line if plain else unicodedata.normalize("NFKC", line)
+        if "<" in folded or ">" in folded or any(t in folded and t not in line for t in control):
+            line = " ".join(folded.translate(_BRACKETS).split())
         for token in control:
             if token in line:
                 broken = f"{token[0]} {token[1:]}" if len(token) > 1 else " "

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.store.base import BaseStore
 from langgraph.types import Checkpointer, StreamMode
 
@@ -133,28 +135,20 @@ class Recommender:
             from r4r_graph.caches import open_summary_store
 
             store = opened = open_summary_store()
-        if engine is None:
-            from r4r_graph.engine.local import load_local_engine
-
-            engine, warnings = load_local_engine(
-                _as_text(base),
-                _adapter_paths(adapters),
-                device=device,
-                dtype=dtype,
-                quantize_4bit=quantize_4bit,
-                prompts=prompt_digests(),
-                allow_prompt_mismatch=allow_prompt_mismatch,
-            )
-            for warning in warnings:
-                _log.warning("%s", warning)
-            bare = [name for name in EXPERT_PROMPTS if name not in engine.info.adapters]
-            if bare:
-                _log.warning(
-                    "no adapter for %s: the base model %s answers untrained; expect valid but "
-                    "poor results",
-                    ", ".join(bare),
-                    engine.info.base,
+        try:
+            if engine is None:
+                engine = _local_engine(
+                    base,
+                    adapters,
+                    device=device,
+                    dtype=dtype,
+                    quantize_4bit=quantize_4bit,
+                    allow_prompt_mismatch=allow_prompt_mismatch,
                 )
+        except BaseException:
+            if opened is not None:
+                opened.conn.close()
+            raise
         experts = Experts(engine, store, parsed, budgets or TokenBudgets())
         recommender = cls(experts, source, checkpointer=checkpointer)
         recommender._opened = opened
@@ -169,6 +163,7 @@ class Recommender:
         item: Item | None = None,
         user_history: Sequence[Review] | None = None,
         item_history: Sequence[Review] | None = None,
+        config: RunnableConfig | None = None,
         **knobs: Any,
     ) -> Recommendation:
         """How this user will rate this item, and why.
@@ -181,6 +176,8 @@ class Recommender:
             item: title, category, description, where the review source does not know them.
             user_history: earlier reviews by the user, instead of asking the review source.
             item_history: earlier reviews of the item, likewise.
+            config: LangGraph's own settings of a run: callbacks, tags, and the `thread_id` under
+                which a checkpointer keeps it (a new one if none is given).
             **knobs: fields of `Knobs`: history, rationales, readout, seed, ...
 
         Raises:
@@ -189,7 +186,7 @@ class Recommender:
             EngineError: the engine could not serve the run.
         """
         given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
-        return _result(self.graph.invoke(given, context=check_knobs(knobs)))
+        return _result(self.graph.invoke(given, self._config(config), context=check_knobs(knobs)))
 
     async def arate(
         self,
@@ -200,11 +197,14 @@ class Recommender:
         item: Item | None = None,
         user_history: Sequence[Review] | None = None,
         item_history: Sequence[Review] | None = None,
+        config: RunnableConfig | None = None,
         **knobs: Any,
     ) -> Recommendation:
         """As `rate`. Waiting holds no thread; cancelling frees the engine."""
         given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
-        return _result(await self.graph.ainvoke(given, context=check_knobs(knobs)))
+        return _result(
+            await self.graph.ainvoke(given, self._config(config), context=check_knobs(knobs))
+        )
 
     def stream(
         self,
@@ -215,6 +215,7 @@ class Recommender:
         item: Item | None = None,
         user_history: Sequence[Review] | None = None,
         item_history: Sequence[Review] | None = None,
+        config: RunnableConfig | None = None,
         **knobs: Any,
     ) -> Iterator[Event]:
         """As `rate`, telling what happens on the way: a `SummaryProgress` a review, each
@@ -222,7 +223,11 @@ class Recommender:
         given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
         events = _Events()
         for part in self.graph.stream(
-            given, context=check_knobs(knobs), stream_mode=_Events.MODES, version="v2"
+            given,
+            self._config(config),
+            context=check_knobs(knobs),
+            stream_mode=_Events.MODES,
+            version="v2",
         ):
             yield from events.of(part)
         yield _result(events.state)
@@ -236,17 +241,30 @@ class Recommender:
         item: Item | None = None,
         user_history: Sequence[Review] | None = None,
         item_history: Sequence[Review] | None = None,
+        config: RunnableConfig | None = None,
         **knobs: Any,
     ) -> AsyncIterator[Event]:
         """As `stream`."""
         given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
         events = _Events()
         async for part in self.graph.astream(
-            given, context=check_knobs(knobs), stream_mode=_Events.MODES, version="v2"
+            given,
+            self._config(config),
+            context=check_knobs(knobs),
+            stream_mode=_Events.MODES,
+            version="v2",
         ):
             for event in events.of(part):
                 yield event
         yield _result(events.state)
+
+    def _config(self, config: RunnableConfig | None) -> RunnableConfig | None:
+        """With a checkpointer, every run needs a thread."""
+        named = (config or {}).get("configurable", {})
+        if self.graph.checkpointer is None or "thread_id" in named:
+            return config
+        threaded: RunnableConfig = {"configurable": {**named, "thread_id": str(uuid.uuid4())}}
+        return {**(config or {}), **threaded}
 
     def close(self) -> None:
         """Stop the engine and free its model."""
@@ -269,7 +287,6 @@ class _Events:
     def __init__(self) -> None:
         self.state: Mapping[str, Any] = {}
         self._summaries = 0
-        self._rationales: dict[str, int] = {}
 
     def of(self, part: Any) -> Iterator[Event]:
         if part["type"] == "values":
@@ -281,10 +298,30 @@ class _Events:
                 told["user_id"], told["item_id"], told["cached"], self._summaries, told["of"]
             )
         elif part["type"] == "messages":
-            chunk, _ = part["data"]
-            number = self._rationales.setdefault(chunk.id, len(self._rationales))
+            chunk, about = part["data"]
             if chunk.text:
-                yield RationaleToken(str(chunk.text), number)
+                yield RationaleToken(str(chunk.text), about["rationale"])
+
+
+def _local_engine(
+    base: PathLike, adapters: PathLike | Mapping[str, PathLike | None] | None, **settings: Any
+) -> Engine:
+    """The local engine; what is amiss with its adapters goes to the log."""
+    from r4r_graph.engine.local import load_local_engine
+
+    engine, warnings = load_local_engine(
+        _as_text(base), _adapter_paths(adapters), prompts=prompt_digests(), **settings
+    )
+    for warning in warnings:
+        _log.warning("%s", warning)
+    bare = [name for name in EXPERT_PROMPTS if name not in engine.info.adapters]
+    if bare:
+        _log.warning(
+            "no adapter for %s: the base model %s answers untrained; expect valid but poor results",
+            ", ".join(bare),
+            engine.info.base,
+        )
+    return engine
 
 
 def _run_input(

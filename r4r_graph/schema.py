@@ -54,7 +54,14 @@ def unix_seconds(value: float | int | str | datetime, *, what: str = "timestamp"
                     "or an ISO 8601 date (2023-11-14)"
                 ) from None
     else:
-        seconds = float(value)
+        try:
+            seconds = float(value)
+        except OverflowError:
+            raise DataError(f"bad {what}: a number too large to be a time") from None
+        except (TypeError, ValueError):
+            raise DataError(
+                f"bad {what} {value!r}: expected unix seconds or an ISO 8601 date"
+            ) from None
     if not math.isfinite(seconds):
         raise DataError(f"bad {what} {value!r}: not a finite number of seconds")
     if abs(seconds) >= _LATEST:
@@ -85,7 +92,8 @@ class Review:
     @property
     def key(self) -> str:
         """Identifies this very review (16 hex digits over all its fields)."""
-        fields = [self.user_id, self.item_id, self.rating, self.timestamp, self.title, self.text]
+        numbers = [float(self.rating), float(self.timestamp)]  # 4 and 4.0 are one rating
+        fields = [self.user_id, self.item_id, *numbers, self.title, self.text]
         packed = json.dumps(fields, ensure_ascii=True).encode()
         return hashlib.blake2b(packed, digest_size=8).hexdigest()
 
@@ -472,7 +480,8 @@ class Recommendation:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """Back from `to_dict`."""
-        labels = row["distribution"]
+        # Stores may give an object's members back in another order.
+        labels = dict(sorted(row["distribution"].items(), key=lambda entry: float(entry[0])))
         scale = RatingScale(tuple(float(v) for v in labels))
         return cls(
             user_id=row["user_id"],

@@ -49,9 +49,6 @@ class SummaryCache:
         A failure of `compute` reaches its own caller; whoever waited for it tries again.
         """
         while True:
-            found = self.get(key)
-            if found is not None:
-                return found, True
             flight, leads = self._board(key)
             if not leads:
                 try:
@@ -59,22 +56,22 @@ class SummaryCache:
                 except (Exception, CancelledError):
                     continue
             try:
-                value = compute()
-                self._keep(key, value)
+                # Looked up under way, not before: no other flight can have landed in between.
+                found = self.get(key)
+                value = compute() if found is None else found
+                if found is None:
+                    self._keep(key, value)
             except BaseException as error:
                 self._land(key, flight, error)
                 raise
             self._land(key, flight, value)
-            return value, False
+            return dict(value), found is not None
 
     async def aget_or_compute(
         self, key: str, compute: Callable[[], Awaitable[Value]]
     ) -> tuple[Value, bool]:
         """As `get_or_compute`. Waiting holds no thread; cancelling a waiter disturbs nobody."""
         while True:
-            found = await asyncio.to_thread(self.get, key)
-            if found is not None:
-                return found, True
             flight, leads = self._board(key)
             if not leads:
                 try:
@@ -87,13 +84,15 @@ class SummaryCache:
                         continue
                     raise
             try:
-                value = await compute()
-                await asyncio.to_thread(self._keep, key, value)
+                found = await asyncio.to_thread(self.get, key)
+                value = await compute() if found is None else found
+                if found is None:
+                    await asyncio.to_thread(self._keep, key, value)
             except BaseException as error:
                 self._land(key, flight, error)
                 raise
             self._land(key, flight, value)
-            return value, False
+            return dict(value), found is not None
 
     def _board(self, key: str) -> tuple[Future[Value], bool]:
         with self._lock:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +86,10 @@ def runs(fake: Fake) -> list[tuple[Bench, Any, Any]]:
     ]
 
 
+async def collected(events: AsyncIterator[Any]) -> list[Any]:
+    return [event async for event in events]
+
+
 @pytest.mark.parametrize("world", ["sync", "async"])
 def test_what_is_drawn_is_what_runs(fake: Fake, world: str) -> None:
     paths = []
@@ -95,7 +99,9 @@ def test_what_is_drawn_is_what_runs(fake: Fake, world: str) -> None:
             parts = list(bench.graph.stream(given, **options))
         else:
 
-            async def collect(graph: Any = bench.graph, given: Any = given, o: Any = options) -> Any:
+            async def collect(
+                graph: Any = bench.graph, given: Any = given, o: Any = options
+            ) -> Any:
                 return [part async for part in graph.astream(given, **o)]
 
             parts = asyncio.run(collect())
@@ -164,7 +170,13 @@ def test_one_rationale_is_greedy_whatever_the_seed(fake: Fake) -> None:
 
 
 def test_rationales_are_drawn_in_rounds_and_mixed(fake: Fake) -> None:
-    parts = [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0.5, 0.5], [0, 0, 1, 0, 0]]
+    parts = [
+        [1, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0.5, 0.5],
+        [0, 0, 1, 0, 0],
+    ]
     script = Script(weights=weights(*parts))
     bench = make_bench(fake, TABLE, script=script)
     found = bench.rate("ann", "target", at(9), rationales=5, round_size=2, temperature=0.6)
@@ -457,11 +469,7 @@ def test_a_parent_sees_tokens_and_progress(fake: Fake, world: str) -> None:
     if world == "sync":
         parts = list(parent(bench).stream(pair, **options))
     else:
-
-        async def collect() -> list[Any]:
-            return [part async for part in parent(bench).astream(pair, **options)]
-
-        parts = asyncio.run(collect())
+        parts = asyncio.run(collected(parent(bench).astream(pair, **options)))
     assert all(part["ns"][0].startswith("rating:") for part in parts)
     told = [part["data"] for part in parts if part["type"] == "custom"]
     assert sorted(event["item_id"] for event in told) == ["folk", "rock", "target"]

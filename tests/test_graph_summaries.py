@@ -101,7 +101,7 @@ def test_a_review_without_words_is_not_summarized(fake: Fake) -> None:
     assert spent(found) == (1, 0)
     [silent] = found["user_aspects"]
     assert (silent["rating"], silent["positive"], silent["values"]) == (5, [], [])
-    assert "rated 5; \"Folk\"; said nothing" in prompt(bench.script.ratings[0])
+    assert 'rated 5; "Folk"; said nothing' in prompt(bench.script.ratings[0])
 
 
 def test_doubled_reviews_are_summarized_once(fake: Fake) -> None:
@@ -157,11 +157,13 @@ def test_a_failed_summary_is_a_typed_error_and_the_next_run_works(
         found: dict[str, Any] = asyncio.run(bench.graph.ainvoke(PAIR))["recommendation"]
         return found
 
-    with pytest.raises(EngineFailure, match="no memory|not an aspect summary"):
+    with pytest.raises(EngineFailure, match=r"no memory|not an aspect summary"):
         run()
     assert run()["user_aspects"][1]["positive"] == [mark("ann", "rock")]
     asked = Counter(prompt(request) for request in bench.script.summaries)
-    assert sorted(asked.values()) == [1, 1, 1, 2]
+    assert len(asked) == 4
+    # What was under way when the run failed may have gone with it; the rest is there still.
+    assert sum(asked.values()) == 5 if world == "sync" else 5 <= sum(asked.values()) <= 8
 
 
 def test_a_busy_engine_is_asked_again(fake: Fake) -> None:
@@ -220,7 +222,7 @@ def test_threads_and_coroutines_share_one_summary(fake: Fake, delay: float) -> N
 
 
 class SlowToRead(InMemoryStore):
-    """A store whose first reader finds nothing, and learns it only when another has put it."""
+    """A store whose first reader finds nothing, and learns it late: others may write meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,8 +233,8 @@ class SlowToRead(InMemoryStore):
         found = super().get(*args, **kwargs)
         if not self.first.is_set():
             self.first.set()
-            assert self.written.wait(10)
-            time.sleep(0.05)  # until the other has landed
+            if self.written.wait(0.3):
+                time.sleep(0.05)  # until the other has landed
         return found
 
     def put(self, *args: Any, **kwargs: Any) -> None:
@@ -251,8 +253,9 @@ def test_a_slow_reader_does_not_compute_again() -> None:
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(cache.get_or_compute, "key", compute)
         assert store.first.wait(10)
-        assert cache.get_or_compute("key", compute) == ({"positive": ["warm"]}, False)
-        assert slow.result(10) == ({"positive": ["warm"]}, True)
+        found = [cache.get_or_compute("key", compute), slow.result(10)]
+    assert sorted(cached for _, cached in found) == [False, True]
+    assert [value for value, _ in found] == [{"positive": ["warm"]}] * 2
     assert made == [1]
 
 
@@ -267,8 +270,9 @@ def test_a_slow_coroutine_does_not_compute_again() -> None:
     async def both() -> None:
         slow = asyncio.create_task(cache.aget_or_compute("key", compute))
         assert await asyncio.to_thread(store.first.wait, 10)
-        assert await cache.aget_or_compute("key", compute) == ({"positive": ["warm"]}, False)
-        assert await slow == ({"positive": ["warm"]}, True)
+        found = [await cache.aget_or_compute("key", compute), await slow]
+        assert sorted(cached for _, cached in found) == [False, True]
+        assert [value for value, _ in found] == [{"positive": ["warm"]}] * 2
 
     asyncio.run(both())
     assert made == [1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -23,7 +26,7 @@ from r4r_graph.caches import CacheEntry
 from r4r_graph.cli.doctor import Finding
 from r4r_graph.prompts import clean
 from r4r_graph.recommender import Event, RationaleToken, SummaryProgress
-from r4r_graph.schema import RatingDistribution, Recommendation, ReviewAspects
+from r4r_graph.schema import RatingDistribution, RatingScale, Recommendation, ReviewAspects
 
 BAR = 30
 """Width of a full bar."""
@@ -97,7 +100,7 @@ def show_result(result: Recommendation, out: Console) -> None:
     d, name = result.distribution, result.title or result.item_id
     out.print()
     out.print(_safe(f"{result.user_id} on {name}"), style="bold")
-    stars = Text(_stars(result.rating, d.scale.high), style="yellow")
+    stars = Text(_stars(result.rating, d.scale), style="yellow")
     out.print(stars, Text(f"{result.rating:.2f} of {d.scale.high:g} ({result.readout})"))
     out.print(_bars(d))
     out.print(
@@ -142,19 +145,21 @@ def show_cache(folder: Path, entries: Sequence[CacheEntry], summaries: int, out:
         out.print(Text(line), soft_wrap=True)
 
 
-def show_cleared(deleted: Sequence[CacheEntry], summaries: int, out: Console) -> None:
-    """What was deleted."""
+def show_cleared(deleted: Sequence[CacheEntry], summaries: int | None, out: Console) -> None:
+    """What was deleted; `summaries` is None where they could not be counted."""
     if not deleted:
         out.print("nothing to delete")
     for entry in deleted:
-        count = f" ({summaries} summaries)" if entry.holds_reviews else ""
+        counted = entry.holds_reviews and summaries is not None
+        count = f" ({summaries} summaries)" if counted else ""
         line = f"deleted {entry.name}{count}: {entry.bytes / 1e6:.1f} MB"
         out.print(Text(line), soft_wrap=True)
 
 
-def _stars(rating: float, high: float) -> str:
-    """Five stars, filled in proportion."""
-    full = round(5 * rating / high)
+def _stars(rating: float, scale: RatingScale) -> str:
+    """Five stars, filled in proportion; a scale that goes below zero begins at its low end."""
+    nothing = min(0.0, scale.low)
+    full = round(5 * (rating - nothing) / (scale.high - nothing))
     return "★" * full + "☆" * (5 - full)
 
 
@@ -181,6 +186,27 @@ def _show_side(who: str, reviews: Sequence[ReviewAspects], out: Console) -> None
 
 def _safe(text: str, style: str = "") -> Text:
     """A text without control characters, which could steer the terminal."""
-    edges = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
-    cleaned = clean(text).replace("‹", "<").replace("›", ">")
-    return Text(f"{edges[0]}{cleaned}{edges[1]}" if cleaned else text, style=style)
+    body = text.strip()
+    before, _, after = text.partition(body) if body else (text, "", "")
+    cleaned = clean(body).replace("‹", "<").replace("›", ">")
+    return Text(f"{_spaces(before)}{cleaned}{_spaces(after)}", style=style)
+
+
+def _spaces(text: str) -> str:
+    """White space as it is; separators that are control characters become spaces."""
+    return "".join(c if c in " \n" else " " for c in text)
+
+
+def printable(text: str) -> str:
+    """`text`, perhaps of several lines, with its control characters written out."""
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def one_line_json(value: Any) -> str:
+    """`value` as JSON in which a terminal finds no control character either."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]", lambda m: _escaped(m[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return json.dumps(character)[1:-1]

@@ -47,8 +47,10 @@ def _versions() -> Iterator[Finding]:
 
 
 def _device() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library of it cannot be loaded
+        return Finding("device", False, f"torch cannot be imported: {error}", "pip install torch")
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         return Finding("device", True, f"cuda ({name}), bfloat16 by default")

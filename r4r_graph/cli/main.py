@@ -119,7 +119,7 @@ def rate(
         events = recommender.stream(user, item, as_of=as_of, **knobs)
         if as_json:
             result = display.last(events)
-            typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+            typer.echo(display.one_line_json(result.to_dict()))
         else:
             display.show_run(events, out, err)
 
@@ -286,7 +286,10 @@ def cache_clear(
     from r4r_graph import caches
     from r4r_graph.cli import display
 
-    count = caches.count_summaries()
+    try:
+        count: int | None = caches.count_summaries()
+    except SettingError:  # damaged: deleting it is what mends it
+        count = None
     deleted = caches.clear_cache(base_models=base_models)
     display.show_cleared(deleted, count, out)
 
@@ -315,7 +318,10 @@ def main() -> None:
     try:
         app()
     except R4RError as error:
-        err.print(f"r4r: error: {error}", style="red", markup=False, soft_wrap=True)
+        from r4r_graph.cli.display import printable
+
+        message = f"r4r: error: {printable(str(error))}"
+        err.print(message, style="red", markup=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, EngineError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

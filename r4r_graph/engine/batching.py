@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 from r4r_graph.engine.base import (
@@ -103,6 +104,7 @@ class _Job:
     since: float = field(default_factory=time.monotonic)
     shown: int = 0
     listener_error: Exception | None = None
+    dropped: bool = False
 
     def row(self) -> Row:
         return Row(self.prepared, self._stopped, self._show if self.on_text else None)
@@ -121,9 +123,9 @@ class _Job:
         except Exception as error:
             self.listener_error = error
 
-    def finish(self, outcome: Result | Exception) -> None:
-        error = self.listener_error or (outcome if isinstance(outcome, Exception) else None)
-        with contextlib.suppress(InvalidStateError):  # cancelled or closed meanwhile
+    def finish(self, outcome: Result | BaseException) -> None:
+        error = self.listener_error or (outcome if isinstance(outcome, BaseException) else None)
+        try:
             if error is None:
                 self.future.set_result(outcome)
             elif isinstance(error, R4RError) or error is self.listener_error:
@@ -132,6 +134,15 @@ class _Job:
                 failure = EngineFailure(f"the engine failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 self.future.set_exception(failure)
+        except InvalidStateError:  # cancelled or closed meanwhile
+            self.drop()
+
+    def drop(self) -> None:
+        """Tell `concurrent.futures.wait` and its like of a cancelled future."""
+        if self.future.cancelled() and not self.dropped:
+            self.dropped = True
+            with contextlib.suppress(RuntimeError):  # closed at the same moment
+                self.future.set_running_or_notify_cancel()
 
 
 class BatchingEngine:
@@ -170,8 +181,8 @@ class BatchingEngine:
         self._async_waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
         self._closed = False
         self._worker: threading.Thread | None = None
-        self._at_exit = weakref.WeakMethod(self.close)
-        atexit.register(self._close_at_exit, self._at_exit)
+        self._at_exit = partial(_call, weakref.WeakMethod(self.close))  # one of its own
+        atexit.register(self._at_exit)
 
     @property
     def info(self) -> EngineInfo:
@@ -238,7 +249,7 @@ class BatchingEngine:
             job.finish(EngineFailure("the engine was closed"))
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join(timeout=60)
-        atexit.unregister(self._close_at_exit)
+        atexit.unregister(self._at_exit)
         self._backend.close()
 
     def __enter__(self) -> BatchingEngine:
@@ -246,12 +257,6 @@ class BatchingEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @staticmethod
-    def _close_at_exit(close: weakref.WeakMethod[Callable[[], None]]) -> None:
-        method = close()
-        if method is not None:
-            method()
 
     def _gather(self, requests: Sequence[Request], return_exceptions: bool) -> list[Any]:
         futures: list[Future[Any]] = []
@@ -346,9 +351,12 @@ class BatchingEngine:
                 self._await_siblings()
                 jobs = self._running = self._take()
                 self._wake_waiters()
-            if jobs:
+            try:
                 self._execute(jobs)
-                self._running = ()
+            except BaseException as error:  # a dead worker would leave all callers waiting
+                for job in jobs:
+                    job.finish(error)
+            self._running = jobs = []
 
     def _await_siblings(self) -> None:
         """Linger while the oldest request's announced siblings are still on their way."""
@@ -365,13 +373,16 @@ class BatchingEngine:
         """The oldest job and those that fit a batch with it, out of the queue (under the lock)."""
         for job in [job for job in self._queue if job.future.cancelled()]:
             self._queue.remove(job)
+            job.drop()
         if not self._queue:
             return []
         head = self._queue[0]
         peers = [job for job in self._queue if job.prepared.key == head.prepared.key]
         ordered = sorted(peers, key=lambda job: len(job.prepared.ids))
         low = high = ordered.index(head)
-        longest = head.prepared.cost
+        # Prompts are padded to the longest one, and answers behind them to the longest budget.
+        prompt = len(head.prepared.ids)
+        answer = head.prepared.cost - prompt
         # Grow a window of similar lengths around the oldest job: little padding, nobody starves.
         while high - low + 1 < self._max_rows:
             size = len(head.prepared.ids)
@@ -380,10 +391,11 @@ class BatchingEngine:
             if below is None and above is None:
                 break
             go_down = above is None or (below is not None and below <= above)
-            grown = max(longest, ordered[low - 1 if go_down else high + 1].prepared.cost)
-            if grown * (high - low + 2) > self._max_batch_tokens:
+            added = ordered[low - 1 if go_down else high + 1].prepared
+            prompt = max(prompt, len(added.ids))
+            answer = max(answer, added.cost - len(added.ids))
+            if (prompt + answer) * (high - low + 2) > self._max_batch_tokens:
                 break
-            longest = grown
             low, high = (low - 1, high) if go_down else (low, high + 1)
         batch = ordered[low : high + 1]
         chosen = set(map(id, batch))
@@ -392,7 +404,7 @@ class BatchingEngine:
 
     def _execute(self, jobs: list[_Job]) -> None:
         """Compute a batch. If it fails as a whole, halve it: the culprit ends up alone."""
-        if self._closed:
+        if self._closed or not jobs:
             return
         rows = [job.row() for job in jobs]
         outcomes: Sequence[Result | Exception]
@@ -411,6 +423,12 @@ class BatchingEngine:
             return
         for job, outcome in zip(jobs, outcomes, strict=True):
             job.finish(outcome)
+
+
+def _call(close: weakref.WeakMethod[Callable[[], None]]) -> None:
+    method = close()
+    if method is not None:
+        method()
 
 
 def _resolve(room: asyncio.Future[None]) -> None:

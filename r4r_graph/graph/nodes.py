@@ -220,7 +220,7 @@ def _next_round(state: RatingState, settings: Knobs) -> Sampling:
     done = len(state["rationales"])
     size = min(settings.round_size, settings.rationales - done)
     seeds = tuple(settings.seed * 1_000_003 + done + i for i in range(size))
-    return Sampling(seeds, settings.temperature, settings.top_p)
+    return Sampling(seeds, settings.temperature, settings.top_p, first=done)
 
 
 def _span(node: str, started: float, **counts: int) -> Json:

@@ -106,6 +106,10 @@ def _id(state: RatingState, name: str) -> str:
     value = state.get(name)
     if not isinstance(value, str) or not value:
         raise InputError(f"bad {name} {value!r}: must be a text that is not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"bad {name} {value!r}: is no Unicode text") from None
     return value
 
 
