@@ -25,6 +25,7 @@ Readout = Literal["mean", "median", "mode"]
 
 READOUTS: tuple[Readout, ...] = ("mean", "median", "mode")
 
+_LONGEST_SCALE = 100
 _LATEST = 1e11  # the year 5138 in seconds; anything later is a time in milliseconds
 
 
@@ -251,6 +252,8 @@ class RatingScale:
             if "," in text:
                 return cls(tuple(float(v) for v in text.split(",")))
             low, high = (int(v) for v in text.split("-"))
+            if high - low > _LONGEST_SCALE:
+                raise SettingError(f"bad rating scale {text!r}: more than {_LONGEST_SCALE} values")
             return cls(tuple(float(v) for v in range(low, high + 1)))
         except ValueError as error:
             if isinstance(error, SettingError):
@@ -315,16 +318,16 @@ class RatingDistribution:
     def median(self) -> float:
         """Interpolated median: each value's mass is spread evenly over its cell, half of it
         towards either neighbour (an end value's outer half is as wide as its inner one)."""
-        values, cumulated = self.scale.values, 0.0
+        values, cells = self.scale.values, []
         gaps = [b - a for a, b in itertools.pairwise(values)]
         gaps = [gaps[0], *gaps, gaps[-1]]
         for i, (value, p) in enumerate(zip(values, self.probabilities, strict=True)):
-            for start, width in ((value - gaps[i] / 2, gaps[i] / 2), (value, gaps[i + 1] / 2)):
-                if p > 0 and cumulated + p / 2 >= 0.5 - 1e-12:
-                    inside = start + width * (0.5 - cumulated) / (p / 2)
-                    return min(max(inside, values[0]), values[-1])
-                cumulated += p / 2
-        return values[-1]
+            cells.append((value - gaps[i] / 2, value, p / 2))
+            cells.append((value, value + gaps[i + 1] / 2, p / 2))
+        # From both ends: they differ where exactly half of the mass lies below a gap without any.
+        backwards = [(end, start, p) for start, end, p in reversed(cells)]
+        middle = (_halfway(cells) + _halfway(backwards)) / 2
+        return min(max(middle, values[0]), values[-1])
 
     @property
     def mode(self) -> float:
@@ -504,6 +507,18 @@ class Recommendation:
 def _text(value: Any) -> str:
     """A field that may be absent; the id 0 is a text like any other."""
     return "" if value is None else str(value)
+
+
+def _halfway(cells: Iterable[tuple[float, float, float]]) -> float:
+    """Where half of the mass is passed, over cells of (start, end, mass) in order."""
+    passed = 0.0
+    place = 0.0
+    for start, end, mass in cells:
+        if mass > 0 and passed + mass >= 0.5 - 1e-12:
+            return start + (end - start) * (0.5 - passed) / mass
+        passed += mass
+        place = end
+    return place
 
 
 def _shorten(row: dict[str, Any]) -> str:

@@ -489,6 +489,13 @@ def test_cancelled_in_the_queue_is_never_computed(start: Start, gated: GatedBack
     assert all(future.cancelled() for future in futures[::2])
 
 
+def test_a_fake_backend_stops_where_it_is_cancelled() -> None:
+    backend, shown = FakeBackend(), list[str]()
+    row = Row(backend.prepare(ask()), lambda: len(shown) == 3, shown.append)
+    backend.generate([row])
+    assert len(shown) == 3
+
+
 def test_cancelled_futures_count_as_done(start: Start, gated: GatedBackend) -> None:
     """Also for `concurrent.futures.wait`, which wants to be told."""
     engine = start(gated)

@@ -60,10 +60,11 @@ def test_the_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_the_readme_names_only_options_that_exist() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     block = next(b for b in _blocks("") if "r4r rate" in b)
-    assert set(re.findall(r"^r4r (\w+)", block, re.MULTILINE)) == set(commands) - {"demo"}
-    options = {o for parameter in commands["rate"].params for o in parameter.opts}
-    rate = block.split("r4r graph")[0]
-    assert set(re.findall(r"--[a-z-]+", rate)) <= options
+    shown = dict(re.findall(r"^r4r (\w+)(.*?)(?=^r4r|\Z)", block, re.MULTILINE | re.DOTALL))
+    assert set(shown) == set(commands) - {"demo"}
+    for name, usage in shown.items():
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", usage)) <= options
 
 
 def test_the_two_commands_exist() -> None:

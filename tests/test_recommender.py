@@ -336,6 +336,9 @@ def test_leaving_the_context_closes_engine_and_store(fake: Fake) -> None:
     assert caches.count_summaries() == 3
     with pytest.raises(EngineError, match="closed"):
         rater.rate("ann", "target", as_of=at(9))
+    store: Any = rater.experts.store
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        store.conn.execute("SELECT 1")
     rater.close()  # twice is once
 
 

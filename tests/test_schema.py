@@ -114,6 +114,8 @@ def test_ratings_are_held_against_the_scale() -> None:
         ((0, 0, 0, 0.4, 0.6), 4.6, 4.5 + 0.5 * (0.1 / 0.3), 5),
         # nothing between two heaps
         ((0.4, 0, 0, 0, 0.6), 3.4, 4.5 + 0.5 * (0.1 / 0.3), 5),
+        # two equal heaps: the middle of the gap between their cells, 1.5 to 4.5
+        ((0.5, 0, 0, 0, 0.5), 3.0, 3.0, 1),
     ],
 )
 def test_readouts_by_hand(p: tuple[float, ...], mean: float, median: float, mode: float) -> None:

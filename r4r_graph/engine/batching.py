@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import logging
 import threading
 import time
 import weakref
@@ -35,6 +36,8 @@ from r4r_graph.engine.base import (
     TokenMeter,
 )
 from r4r_graph.errors import EngineBusyError, EngineFailure, R4RError
+
+_log = logging.getLogger(__name__)
 
 Request = GenerateRequest | RateRequest
 Result = GenerateResult | RateResult
@@ -417,6 +420,7 @@ class BatchingEngine:
             if len(jobs) == 1:
                 jobs[0].finish(error)
                 return
+            _log.warning("a batch of %d failed and is halved: %s", len(jobs), error)
             middle = len(jobs) // 2
             self._execute(jobs[:middle])
             self._execute(jobs[middle:])

@@ -93,11 +93,7 @@ class LocalBackend:
         """See `Backend.prepare`."""
         if not request.messages:
             raise RequestError("a request without messages")
-        if request.adapter is not None and request.adapter not in self.info.adapters:
-            raise RequestError(
-                f"no adapter {request.adapter!r} is loaded (loaded: "
-                f"{', '.join(sorted(self.info.adapters)) or 'none'})"
-            )
+        self._check_adapter(request)
         ids = self.meter.prompt(request.messages)
         key: tuple[Any, ...]
         if isinstance(request, RateRequest):
@@ -121,6 +117,7 @@ class LocalBackend:
 
     def fingerprint(self, request: GenerateRequest) -> str:
         """See `Engine.fingerprint`."""
+        self._check_adapter(request)
         facts = {
             "ids": self.meter.prompt(request.messages),
             "base": self.info.digest,
@@ -137,6 +134,11 @@ class LocalBackend:
         }
         packed = json.dumps(facts, sort_keys=True).encode()
         return hashlib.blake2b(packed, digest_size=16).hexdigest()
+
+    def _check_adapter(self, request: Request) -> None:
+        if request.adapter is not None and request.adapter not in self.info.adapters:
+            loaded = ", ".join(sorted(self.info.adapters)) or "none"
+            raise RequestError(f"no adapter {request.adapter!r} is loaded (loaded: {loaded})")
 
     @property
     def least_aspect_tokens(self) -> int:
