@@ -15,16 +15,10 @@ if TYPE_CHECKING:
     from r4r_graph.evidence import TokenBudgets
     from r4r_graph.experts import Experts
     from r4r_graph.graph import Knobs, build_graph
+    from r4r_graph.ratings import RatingDistribution, RatingScale
     from r4r_graph.recommender import RationaleToken, Recommender, SummaryProgress
     from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
-    from r4r_graph.schema import (
-        AspectSummary,
-        Item,
-        RatingDistribution,
-        RatingScale,
-        Recommendation,
-        Review,
-    )
+    from r4r_graph.schema import AspectSummary, Item, Recommendation, Review
 
 _HOMES = {
     "AspectSummary": "schema",
@@ -33,8 +27,8 @@ _HOMES = {
     "Item": "schema",
     "Knobs": "graph",
     "R4RError": "errors",
-    "RatingDistribution": "schema",
-    "RatingScale": "schema",
+    "RatingDistribution": "ratings",
+    "RatingScale": "ratings",
     "RationaleToken": "recommender",
     "Recommendation": "schema",
     "Recommender": "recommender",

@@ -9,14 +9,8 @@ from typing import Any
 from r4r_graph import prompts
 from r4r_graph.engine.base import TokenMeter
 from r4r_graph.errors import SettingError
-from r4r_graph.schema import (
-    AspectSummary,
-    Item,
-    RatingStats,
-    ReviewAspects,
-    Truncation,
-    plain_number,
-)
+from r4r_graph.ratings import RatingStats
+from r4r_graph.schema import AspectSummary, Item, ReviewAspects, Truncation, plain_number
 
 DEFAULT_KIND = "item"
 """Names the kind of thing where an item has no category."""

@@ -41,13 +41,8 @@ from r4r_graph.evidence import (
     shortened,
     without_ratings,
 )
-from r4r_graph.schema import (
-    AspectSummary,
-    RatingScale,
-    Review,
-    Truncation,
-    plain_number,
-)
+from r4r_graph.ratings import RatingScale
+from r4r_graph.schema import AspectSummary, Review, Truncation, plain_number
 from r4r_graph.summaries import SummaryCache
 
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, Unpack
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.store.base import BaseStore
@@ -28,8 +28,9 @@ from r4r_graph.evidence import TokenBudgets
 from r4r_graph.experts import Experts
 from r4r_graph.graph import Knobs, RatingGraph, RatingInput, build_graph
 from r4r_graph.prompts import EXPERT_PROMPTS, prompt_digests
+from r4r_graph.ratings import RatingScale, Readout
 from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
-from r4r_graph.schema import Item, RatingScale, Recommendation, Review, unix_seconds
+from r4r_graph.schema import Item, Recommendation, Review, unix_seconds
 
 if TYPE_CHECKING:
     from langgraph.store.sqlite import SqliteStore
@@ -63,6 +64,38 @@ class RationaleToken:
 
 Event = SummaryProgress | RationaleToken | Recommendation
 """What `Recommender.stream` yields; the recommendation comes last."""
+
+
+class RunOptions(TypedDict, total=False):
+    """What `rate`, `stream` and their async twins take besides the ids."""
+
+    as_of: Time | None
+    """Read only reviews strictly before this time (unix seconds, ISO 8601, datetime); default
+    now."""
+    item: Item | None
+    """Title, category, description, where the review source does not know them."""
+    user_history: Sequence[Review] | None
+    """Earlier reviews by the user, instead of asking the review source."""
+    item_history: Sequence[Review] | None
+    config: RunnableConfig | None
+    """LangGraph's own settings of a run: callbacks, tags, and the `thread_id` under which a
+    checkpointer keeps it (a new one if none is given)."""
+    history: int
+    """This and the rest are the fields of `Knobs`."""
+    rationales: int
+    round_size: int
+    sure: float
+    readout: Readout
+    seed: int
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    given: RatingInput
+    config: RunnableConfig | None
+    knobs: Knobs
 
 
 class Recommender:
@@ -154,78 +187,38 @@ class Recommender:
         recommender._opened = opened
         return recommender
 
-    def rate(
-        self,
-        user_id: str,
-        item_id: str,
-        *,
-        as_of: Time | None = None,
-        item: Item | None = None,
-        user_history: Sequence[Review] | None = None,
-        item_history: Sequence[Review] | None = None,
-        config: RunnableConfig | None = None,
-        **knobs: Any,
-    ) -> Recommendation:
+    def rate(self, user_id: str, item_id: str, **options: Unpack[RunOptions]) -> Recommendation:
         """How this user will rate this item, and why.
 
         Args:
             user_id: the user.
             item_id: the item.
-            as_of: read only reviews strictly before this time (unix seconds, ISO 8601, datetime);
-                default now.
-            item: title, category, description, where the review source does not know them.
-            user_history: earlier reviews by the user, instead of asking the review source.
-            item_history: earlier reviews of the item, likewise.
-            config: LangGraph's own settings of a run: callbacks, tags, and the `thread_id` under
-                which a checkpointer keeps it (a new one if none is given).
-            **knobs: fields of `Knobs`: history, rationales, readout, seed, ...
+            **options: see `RunOptions`; among them all fields of `Knobs`.
 
         Raises:
             UnknownPairError: both ids are found nowhere and no history was passed.
             InputError: any other bad input; the message names it.
             EngineError: the engine could not serve the run.
         """
-        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
-        return _result(self.graph.invoke(given, self._config(config), context=check_knobs(knobs)))
+        run = self._run(user_id, item_id, options)
+        return _result(self.graph.invoke(run.given, run.config, context=run.knobs))
 
     async def arate(
-        self,
-        user_id: str,
-        item_id: str,
-        *,
-        as_of: Time | None = None,
-        item: Item | None = None,
-        user_history: Sequence[Review] | None = None,
-        item_history: Sequence[Review] | None = None,
-        config: RunnableConfig | None = None,
-        **knobs: Any,
+        self, user_id: str, item_id: str, **options: Unpack[RunOptions]
     ) -> Recommendation:
         """As `rate`. Waiting holds no thread; cancelling frees the engine."""
-        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
-        return _result(
-            await self.graph.ainvoke(given, self._config(config), context=check_knobs(knobs))
-        )
+        run = self._run(user_id, item_id, options)
+        return _result(await self.graph.ainvoke(run.given, run.config, context=run.knobs))
 
-    def stream(
-        self,
-        user_id: str,
-        item_id: str,
-        *,
-        as_of: Time | None = None,
-        item: Item | None = None,
-        user_history: Sequence[Review] | None = None,
-        item_history: Sequence[Review] | None = None,
-        config: RunnableConfig | None = None,
-        **knobs: Any,
-    ) -> Iterator[Event]:
+    def stream(self, user_id: str, item_id: str, **options: Unpack[RunOptions]) -> Iterator[Event]:
         """As `rate`, telling what happens on the way: a `SummaryProgress` a review, each
         `RationaleToken` as it is written, the `Recommendation` last."""
-        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
+        run = self._run(user_id, item_id, options)
         events = _Events()
         for part in self.graph.stream(
-            given,
-            self._config(config),
-            context=check_knobs(knobs),
+            run.given,
+            run.config,
+            context=run.knobs,
             stream_mode=_Events.MODES,
             version="v2",
         ):
@@ -233,24 +226,15 @@ class Recommender:
         yield _result(events.state)
 
     async def astream(
-        self,
-        user_id: str,
-        item_id: str,
-        *,
-        as_of: Time | None = None,
-        item: Item | None = None,
-        user_history: Sequence[Review] | None = None,
-        item_history: Sequence[Review] | None = None,
-        config: RunnableConfig | None = None,
-        **knobs: Any,
+        self, user_id: str, item_id: str, **options: Unpack[RunOptions]
     ) -> AsyncIterator[Event]:
         """As `stream`."""
-        given = _run_input(user_id, item_id, as_of, item, user_history, item_history)
+        run = self._run(user_id, item_id, options)
         events = _Events()
         async for part in self.graph.astream(
-            given,
-            self._config(config),
-            context=check_knobs(knobs),
+            run.given,
+            run.config,
+            context=run.knobs,
             stream_mode=_Events.MODES,
             version="v2",
         ):
@@ -258,13 +242,17 @@ class Recommender:
                 yield event
         yield _result(events.state)
 
-    def _config(self, config: RunnableConfig | None) -> RunnableConfig | None:
-        """With a checkpointer, every run needs a thread."""
+    def _run(self, user_id: str, item_id: str, options: RunOptions) -> _Run:
+        """What the graph is called with."""
+        settings: dict[str, Any] = dict(options)
+        given = _run_input(user_id, item_id, settings)
+        config: RunnableConfig | None = settings.pop("config", None)
         named = (config or {}).get("configurable", {})
-        if self.graph.checkpointer is None or "thread_id" in named:
-            return config
-        threaded: RunnableConfig = {"configurable": {**named, "thread_id": str(uuid.uuid4())}}
-        return {**(config or {}), **threaded}
+        if self.graph.checkpointer is not None and "thread_id" not in named:
+            # With a checkpointer, every run needs a thread.
+            threaded: RunnableConfig = {"configurable": {**named, "thread_id": str(uuid.uuid4())}}
+            config = {**(config or {}), **threaded}
+        return _Run(given, config, check_knobs(settings))
 
     def close(self) -> None:
         """Stop the engine and free its model."""
@@ -324,22 +312,19 @@ def _local_engine(
     return engine
 
 
-def _run_input(
-    user_id: str,
-    item_id: str,
-    as_of: Time | None,
-    item: Item | None,
-    user_history: Sequence[Review] | None,
-    item_history: Sequence[Review] | None,
-) -> RatingInput:
-    return {
-        "user_id": user_id,
-        "item_id": item_id,
-        "as_of": None if as_of is None else unix_seconds(as_of, what="as_of"),
-        "item": None if item is None else item.to_dict(),
-        "user_history": None if user_history is None else [r.to_dict() for r in user_history],
-        "item_history": None if item_history is None else [r.to_dict() for r in item_history],
-    }
+def _run_input(user_id: str, item_id: str, settings: dict[str, Any]) -> RatingInput:
+    """The graph's input; takes what belongs to it out of `settings`."""
+    as_of, item = settings.pop("as_of", None), settings.pop("item", None)
+    given = RatingInput(
+        user_id=user_id,
+        item_id=item_id,
+        as_of=None if as_of is None else unix_seconds(as_of, what="as_of"),
+        item=None if item is None else item.to_dict(),
+    )
+    for side in ("user_history", "item_history"):
+        reviews = settings.pop(side, None)
+        given[side] = None if reviews is None else [review.to_dict() for review in reviews]
+    return given
 
 
 def check_knobs(settings: Mapping[str, Any]) -> Knobs:

@@ -93,6 +93,20 @@ def tiny_engine(
         yield engine
 
 
+@pytest.fixture(scope="session")
+def tiny_cuda_engine(
+    tiny_base: Path, tiny_adapters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BatchingEngine]:
+    """As `tiny_engine`, on CUDA (marker `gpu`); in float32, so that one tolerance serves both."""
+    from r4r_graph.engine.local import load_local_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R4R_CACHE_DIR", str(tmp_path_factory.mktemp("tiny-cuda-cache")))
+        engine, _ = load_local_engine(tiny_base, tiny_adapters, device="cuda", dtype="float32")
+    with engine:
+        yield engine
+
+
 @pytest.fixture
 def fake() -> Iterator[Callable[..., BatchingEngine]]:
     """Makes fake engines (arguments of `fake_engine`), and closes them afterwards."""

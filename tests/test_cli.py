@@ -525,7 +525,7 @@ def real(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,  # the machine may be busy
     )
 
 
@@ -546,12 +546,12 @@ def test_the_demo_for_real() -> None:
 def test_a_rating_for_real_repeats_itself_without_summarizing_again() -> None:
     arguments = (
         *("rate", "--reviews", SAMPLE / "reviews.jsonl", "--items", SAMPLE / "items.jsonl"),
-        *("--user", "mara", "--item", "glass-harbour", "--history", 3, "--json"),
+        *("--user", "mara", "--item", "glass-harbour", "--history", 1, "--json"),
         *("--rationales", 2, "--seed", 5, "--as-of", "2026-01-01"),
     )
     first, second = (json.loads(real(*arguments).stdout) for _ in range(2))
     before, after = (found.pop("usage")["summarizer"] for found in (first, second))
-    assert before["calls"] + before["cache_hits"] == 6
-    assert (after["calls"], after["cache_hits"], after["completion_tokens"]) == (0, 6, 0)
+    assert before["calls"] + before["cache_hits"] == 2
+    assert (after["calls"], after["cache_hits"], after["completion_tokens"]) == (0, 2, 0)
     assert first == second
     assert len(set(first["rationales"])) == 2

@@ -15,7 +15,8 @@ from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.decoding import Grammars, RatingReadout
 from r4r_graph.errors import ModelError
-from r4r_graph.schema import AspectSummary, RatingScale
+from r4r_graph.ratings import RatingScale
+from r4r_graph.schema import AspectSummary
 
 SCALES = {
     "1-5": RatingScale(),

@@ -24,12 +24,13 @@ from r4r_graph.engine.base import (
 )
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.errors import RequestError
-from r4r_graph.schema import RatingScale
+from r4r_graph.ratings import RatingScale
 from tests.conftest import EXPERTS
 
 ENGINES = [
     pytest.param("fake_with_adapters", id="fake"),
     pytest.param("tiny_engine", id="local"),
+    pytest.param("tiny_cuda_engine", id="cuda", marks=pytest.mark.gpu),
 ]
 """Fixtures of engines with the adapters `EXPERTS`. A new engine is one more line."""
 

@@ -11,8 +11,9 @@ import pytest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.errors import DataError, InputError, SettingError, UnknownPairError
 from r4r_graph.evidence import TokenBudgets
+from r4r_graph.ratings import RatingScale
 from r4r_graph.reviews import TableReviewSource
-from r4r_graph.schema import Item, RatingScale, Review
+from r4r_graph.schema import Item, Review
 from tests.scripted import Bench, Script, at, make_bench, mark, prompt, review
 
 Fake = Callable[..., BatchingEngine]

@@ -17,7 +17,7 @@ from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine, Row
 from r4r_graph.engine.local import load_local_engine
 from r4r_graph.errors import ModelError, RequestError
-from r4r_graph.schema import RatingScale
+from r4r_graph.ratings import RatingScale
 
 CHAT = (Message("system", "You judge."), Message("user", "Which songs?"))
 
@@ -293,3 +293,17 @@ def test_a_closed_engine_lets_go_of_the_model(load: Load) -> None:
     engine.close()
     gc.collect()
     assert model() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.model
+def test_on_cuda_the_default_is_bfloat16_and_close_to_float32(
+    real_engine: BatchingEngine,
+) -> None:
+    engine, _ = load_local_engine("smollm2-135m", device="cuda")
+    request = RateRequest((Message("user", "Rate this album from 1 to 5."),))
+    with engine:
+        assert engine.info.dtype == "bfloat16"
+        [there] = engine.rate([request])
+    [here] = real_engine.rate([request])
+    assert there.distribution.mean == pytest.approx(here.distribution.mean, abs=0.1)

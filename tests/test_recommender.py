@@ -437,3 +437,10 @@ def test_importing_loads_no_model_library() -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_options_of_a_run_hold_all_knobs() -> None:
+    from r4r_graph import Knobs
+    from r4r_graph.recommender import RunOptions
+
+    assert set(Knobs.__dataclass_fields__) <= set(RunOptions.__annotations__)

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from r4r_graph.errors import DataError
+from r4r_graph.ratings import RatingScale
 from r4r_graph.reviews import TableReviewSource, load_items, load_reviews
-from r4r_graph.schema import Item, RatingScale, Review
+from r4r_graph.schema import Item, Review
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pytest
 
 from r4r_graph.errors import DataError, SettingError
+from r4r_graph.ratings import RatingStats
 from r4r_graph.reviews import ReviewSource, TableReviewSource
-from r4r_graph.schema import Item, RatingStats, Review
+from r4r_graph.schema import Item, Review
 
 Factory = Callable[[Sequence[Review], Sequence[Item]], ReviewSource]
 

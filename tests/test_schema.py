@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 
 from r4r_graph.errors import DataError, R4RError, SettingError
+from r4r_graph.ratings import READOUTS, RatingDistribution, RatingScale, RatingStats
 from r4r_graph.schema import (
-    READOUTS,
     AspectSummary,
     Item,
     NodeUsage,
-    RatingDistribution,
-    RatingScale,
-    RatingStats,
     Recommendation,
     Review,
     ReviewAspects,

@@ -25,8 +25,9 @@ from r4r_graph.bulk import BulkProgress, OnProgress
 from r4r_graph.caches import CacheEntry
 from r4r_graph.cli.doctor import Finding
 from r4r_graph.prompts import clean
+from r4r_graph.ratings import RatingDistribution, RatingScale
 from r4r_graph.recommender import Event, RationaleToken, SummaryProgress
-from r4r_graph.schema import RatingDistribution, RatingScale, Recommendation, ReviewAspects
+from r4r_graph.schema import Recommendation, ReviewAspects
 
 BAR = 30
 """Width of a full bar."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from r4r_graph.errors import RequestError
-from r4r_graph.schema import RatingDistribution, RatingScale
+from r4r_graph.ratings import RatingDistribution, RatingScale
 
 Role = Literal["system", "user", "assistant"]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from r4r_graph.engine import aspects
 from r4r_graph.errors import ModelError
-from r4r_graph.schema import RatingDistribution, RatingScale
+from r4r_graph.ratings import RatingDistribution, RatingScale
 
 if TYPE_CHECKING:
     import torch

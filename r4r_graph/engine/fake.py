@@ -31,7 +31,8 @@ from r4r_graph.engine.base import (
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
 from r4r_graph.errors import RequestError
-from r4r_graph.schema import AspectSummary, RatingDistribution
+from r4r_graph.ratings import RatingDistribution
+from r4r_graph.schema import AspectSummary
 
 _BOS = 1
 _LEAST_ASPECT_TOKENS = 9

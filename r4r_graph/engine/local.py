@@ -28,7 +28,7 @@ from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
 from r4r_graph.engine.decoding import Grammars, RatingReadout
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.errors import RequestError
-from r4r_graph.schema import RatingScale
+from r4r_graph.ratings import RatingScale
 
 if TYPE_CHECKING:
     import torch

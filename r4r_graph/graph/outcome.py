@@ -7,13 +7,11 @@ from typing import Any
 
 from r4r_graph.evidence import Evidence
 from r4r_graph.graph.state import Json, Knobs, RatingState
+from r4r_graph.ratings import RatingDistribution, RatingScale, RatingStats
 from r4r_graph.schema import (
     AspectSummary,
     Item,
     NodeUsage,
-    RatingDistribution,
-    RatingScale,
-    RatingStats,
     Recommendation,
     Review,
     ReviewAspects,

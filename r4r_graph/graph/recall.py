@@ -13,16 +13,9 @@ from typing import Any
 
 from r4r_graph.errors import DataError, InputError, UnknownPairError
 from r4r_graph.graph.state import Json, Knobs, RatingState
+from r4r_graph.ratings import RatingScale, RatingStats
 from r4r_graph.reviews import ReviewSource
-from r4r_graph.schema import (
-    ColdStart,
-    Item,
-    RatingScale,
-    RatingStats,
-    Review,
-    plain_number,
-    unix_seconds,
-)
+from r4r_graph.schema import ColdStart, Item, Review, plain_number, unix_seconds
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from langgraph.runtime import get_runtime
 from typing_extensions import TypedDict
 
 from r4r_graph.errors import SettingError
-from r4r_graph.schema import READOUTS, Readout
+from r4r_graph.ratings import READOUTS, Readout
 
 Json = dict[str, Any]
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r4r_graph.errors import DataError
+from r4r_graph.ratings import RatingScale
 from r4r_graph.reviews.files import (
     NAMED,
     BadRows,
@@ -34,7 +35,7 @@ from r4r_graph.reviews.table import (
     column_of_numbers,
     column_of_texts,
 )
-from r4r_graph.schema import Item, Pair, RatingScale, unix_seconds
+from r4r_graph.schema import Item, Pair, unix_seconds
 
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

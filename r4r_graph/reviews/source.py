@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from r4r_graph.schema import Item, RatingStats, Review
+from r4r_graph.ratings import RatingStats
+from r4r_graph.schema import Item, Review
 
 
 @runtime_checkable

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from r4r_graph.errors import DataError, SettingError
-from r4r_graph.schema import Item, RatingStats, Review, unix_seconds
+from r4r_graph.ratings import RatingStats
+from r4r_graph.schema import Item, Review, unix_seconds
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
