@@ -28,6 +28,8 @@ _PHRASE = r"[^\s;<>][^;<>\n\r]*"
 _LIST = rf"({_PHRASE})(; {_PHRASE}){{0,{MAX_PHRASES - 1}}}"
 PATTERN = r"\n".join(f"{name}: {_LIST}" for name in SECTIONS)
 """Regular expression of the whole answer. `none` is a phrase like any other to the automaton."""
+GRAMMAR = PATTERN + r"\n"
+"""What is compiled: a new line stands for the end token (see `decoding`)."""
 
 # The parser is not as strict: single bytes that the automaton lets through may spell a white
 # space together (U+00A0), and Python counts some control characters as white space.

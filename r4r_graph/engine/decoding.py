@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MAX_PHRASE_TOKENS = 12
 """A phrase that runs on is ended here."""
 
+GRAMMAR_FACTS = (aspects.GRAMMAR_VERSION, aspects.GRAMMAR, MAX_PHRASE_TOKENS)
+"""What decides the form of an aspect summary; part of the summary cache's key."""
+
 
 class Grammars:
     """Automata over one tokenizer's vocabulary, each compiled once.
@@ -116,7 +119,7 @@ class AspectDecoder:
         from outlines_core import Guide
 
         self._grammars = grammars
-        self._guide = Guide(grammars.index(aspects.PATTERN + r"\n"))
+        self._guide = Guide(grammars.index(aspects.GRAMMAR))
         self._bitmask = torch.zeros((vocabulary + 31) // 32, dtype=torch.int32)
         self._left = budget
         self._text = ""

@@ -25,7 +25,7 @@ from r4r_graph.engine.base import (
     check_decoding,
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
-from r4r_graph.engine.decoding import Grammars, RatingReadout
+from r4r_graph.engine.decoding import GRAMMAR_FACTS, Grammars, RatingReadout
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.errors import RequestError
 from r4r_graph.ratings import RatingScale
@@ -67,10 +67,7 @@ class LocalBackend:
             self._add_adapter(model, name, path)
         self._model = self._adapted if self._adapted is not None else model
         self._model.eval()
-        with self._lock:
-            self._grammars.index(
-                aspects.PATTERN + r"\n"
-            )  # compiled now, not inside the first request
+        self._grammars.index(aspects.GRAMMAR)  # compiled now, not inside the first request
 
     def _add_adapter(self, model: Any, name: str, path: Path) -> None:
         from peft import PeftModel
@@ -123,9 +120,7 @@ class LocalBackend:
             "base": self.info.digest,
             "adapter": request.adapter and self.info.adapters[request.adapter],
             "dtype": self.info.dtype,
-            "grammar": [aspects.GRAMMAR_VERSION, aspects.PATTERN]
-            if request.format == "aspects"
-            else None,
+            "grammar": GRAMMAR_FACTS if request.format == "aspects" else None,
             "max_tokens": request.max_tokens,
             "stop": request.stop,
             "sample": [request.temperature, request.top_p, request.seed]
