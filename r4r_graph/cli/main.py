@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -315,6 +316,8 @@ def main() -> None:
     log = logging.getLogger("r4r_graph")
     log.addHandler(RichHandler(console=err, show_time=False, show_path=False, markup=False))
     log.propagate = False
+    # Threads of a busy machine that wait for each other by spinning cost many times the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except R4RError as error:
