@@ -13,6 +13,11 @@ R4RError
 │   ├── RequestError         the request itself is at fault (too long, unknown adapter)
 │   ├── EngineBusyError      the queue is full; retryable
 │   └── EngineFailure        the forward pass failed
+├── TrainingError            a step of `finetune` that cannot go on; what it has made is kept
+│   ├── NotReadyError        an earlier step's result is missing
+│   ├── DivergedError        the loss is no finite number
+│   ├── MemoryExhaustedError memory of the device ran out; names the setting to lower
+│   └── TeacherError         the teacher cannot be used, or its token limit is reached
 └── MissingExtraError        an optional dependency is not installed
 """
 
@@ -21,17 +26,22 @@ from __future__ import annotations
 __all__ = [
     "AdapterMismatchError",
     "DataError",
+    "DivergedError",
     "EngineBusyError",
     "EngineError",
     "EngineFailure",
     "InputError",
+    "MemoryExhaustedError",
     "MissingExtraError",
     "ModelError",
     "ModelNotFoundError",
+    "NotReadyError",
     "PromptMismatchError",
     "R4RError",
     "RequestError",
     "SettingError",
+    "TeacherError",
+    "TrainingError",
     "UnknownPairError",
     "is_retryable",
 ]
@@ -92,6 +102,26 @@ class EngineBusyError(EngineError):
 
 class EngineFailure(EngineError):
     """The forward pass failed for this request."""
+
+
+class TrainingError(R4RError):
+    """A step of `finetune` cannot go on; what it has made so far is kept."""
+
+
+class NotReadyError(TrainingError):
+    """An earlier step's result is missing."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no finite number; nothing was saved of it."""
+
+
+class MemoryExhaustedError(TrainingError):
+    """Memory ran out; the message names the setting to lower."""
+
+
+class TeacherError(TrainingError):
+    """The teacher cannot be used, or its token limit is reached."""
 
 
 class MissingExtraError(R4RError, ImportError):

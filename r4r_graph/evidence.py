@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from r4r_graph import prompts
 from r4r_graph.engine.base import TokenMeter
@@ -50,6 +50,36 @@ class Evidence:
     item_reviews: tuple[ReviewAspects, ...]
     user_stats: RatingStats
     item_stats: RatingStats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "item": self.item.to_dict(),
+            "user_reviews": [review.to_dict() for review in self.user_reviews],
+            "item_reviews": [review.to_dict() for review in self.item_reviews],
+            "user_stats": self.user_stats.to_dict(),
+            "item_stats": self.item_stats.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Back from `to_dict`."""
+        return cls(
+            Item.from_dict(row["item"]),
+            tuple(map(ReviewAspects.from_dict, row["user_reviews"])),
+            tuple(map(ReviewAspects.from_dict, row["item_reviews"])),
+            RatingStats(**row["user_stats"]),
+            RatingStats(**row["item_stats"]),
+        )
+
+    def without_texts(self) -> Self:
+        """The ratings and averages alone: no word of any review, no description."""
+        return replace(
+            self,
+            item=replace(self.item, description=""),
+            user_reviews=tuple(replace(r, summary=AspectSummary()) for r in self.user_reviews),
+            item_reviews=tuple(replace(r, summary=AspectSummary()) for r in self.item_reviews),
+        )
 
 
 def fit_evidence(

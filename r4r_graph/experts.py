@@ -45,6 +45,9 @@ from r4r_graph.ratings import RatingScale
 from r4r_graph.schema import AspectSummary, Review, Truncation, plain_number
 from r4r_graph.summaries import SummaryCache
 
+Messages = tuple[Message, Message, Message]
+"""The three turns of an expert's prompt: system, context, task."""
+
 
 @dataclass(frozen=True, slots=True)
 class Summarized:
@@ -95,21 +98,13 @@ class Summarizer:
         self, review: Review, kind: str = "", siblings: int = 1
     ) -> tuple[GenerateRequest, tuple[Truncation, ...]]:
         """The engine's request for this review, and what had to be cut."""
-        meter, budgets = self._engine.meter, self._budgets
-        text, cut = shortened(review.text, meter, budgets.review)
-        inputs = {
-            "kind": shortened(kind or DEFAULT_KIND, meter, budgets.title)[0],
-            "title": shortened(review.title, meter, budgets.title)[0],
-            "rating": plain_number(round(review.rating, 2)),
-            "scale_low": plain_number(self._scale.low),
-            "scale_high": plain_number(self._scale.high),
-            "review": text,
-        }
-        rendered = prompts.render("summarizer", inputs, meter.special_tokens)
+        messages, cut = summarizer_prompt(
+            review, kind, self._scale, self._engine.meter, self._budgets
+        )
         request = GenerateRequest(
-            messages=_messages(rendered),
+            messages=messages,
             adapter=_adapter(self._engine, "summarizer"),
-            max_tokens=budgets.summary,
+            max_tokens=self._budgets.summary,
             format="aspects",
             siblings=siblings,
         )
@@ -166,12 +161,11 @@ class Reasoner:
 
     def messages(self, evidence: Evidence) -> list[BaseMessage]:
         """The prompt. It holds no rating of any kind."""
-        inputs = evidence_inputs(evidence)
-        rendered = prompts.render("reasoner", without_ratings(inputs), self._meter.special_tokens)
+        system, context, task = reasoner_prompt(evidence, self._meter)
         return [
-            SystemMessage(rendered.system),
-            HumanMessage(rendered.context),
-            HumanMessage(rendered.task),
+            SystemMessage(system.content),
+            HumanMessage(context.content),
+            HumanMessage(task.content),
         ]
 
     def write(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
@@ -216,15 +210,10 @@ class Predictor:
 
     def request(self, evidence: Evidence, rationale: str | None, siblings: int = 1) -> RateRequest:
         """The engine's request; without a rationale the prompt has no place for one."""
-        meter = self._engine.meter
-        inputs = {
-            **evidence_inputs(evidence),
-            "rationale": shortened(rationale or "", meter, self._budgets.rationale)[0],
-            "labels": list(self.scale.labels),
-        }
-        rendered = prompts.render("predictor", inputs, meter.special_tokens)
         return RateRequest(
-            messages=_messages(rendered),
+            messages=predictor_prompt(
+                evidence, rationale, self.scale, self._engine.meter, self._budgets
+            ),
             scale=self.scale,
             adapter=_adapter(self._engine, "predictor"),
             siblings=siblings,
@@ -285,12 +274,53 @@ class Experts:
         return fit_evidence(evidence, self.engine.meter, self.budgets)
 
 
+def summarizer_prompt(
+    review: Review, kind: str, scale: RatingScale, meter: TokenMeter, budgets: TokenBudgets
+) -> tuple[Messages, str]:
+    """The summarizer's turns for one review, and in words what was cut of it (empty: nothing).
+
+    This and the two functions below render every prompt, at inference and in training.
+    """
+    text, cut = shortened(review.text, meter, budgets.review)
+    inputs = {
+        "kind": shortened(kind or DEFAULT_KIND, meter, budgets.title)[0],
+        "title": shortened(review.title, meter, budgets.title)[0],
+        "rating": plain_number(round(review.rating, 2)),
+        "scale_low": plain_number(scale.low),
+        "scale_high": plain_number(scale.high),
+        "review": text,
+    }
+    return _messages(prompts.render("summarizer", inputs, meter.special_tokens)), cut
+
+
+def reasoner_prompt(evidence: Evidence, meter: TokenMeter) -> Messages:
+    """The reasoner's turns. They hold no rating of any kind."""
+    inputs = without_ratings(evidence_inputs(evidence))
+    return _messages(prompts.render("reasoner", inputs, meter.special_tokens))
+
+
+def predictor_prompt(
+    evidence: Evidence,
+    rationale: str | None,
+    scale: RatingScale,
+    meter: TokenMeter,
+    budgets: TokenBudgets,
+) -> Messages:
+    """The predictor's turns; without a rationale the prompt has no place for one."""
+    inputs = {
+        **evidence_inputs(evidence),
+        "rationale": shortened(rationale or "", meter, budgets.rationale)[0],
+        "labels": list(scale.labels),
+    }
+    return _messages(prompts.render("predictor", inputs, meter.special_tokens))
+
+
 def _adapter(engine: Engine, expert: str) -> str | None:
     """The expert's adapter if it is loaded; else the base model answers."""
     return expert if expert in engine.info.adapters else None
 
 
-def _messages(rendered: prompts.RenderedPrompt) -> tuple[Message, ...]:
+def _messages(rendered: prompts.RenderedPrompt) -> Messages:
     return (
         Message("system", rendered.system),
         Message("user", rendered.context),

@@ -17,9 +17,10 @@ import pytest
 from langgraph.store.memory import InMemoryStore
 
 from r4r_graph import Recommender, Review, fake_engine
-from r4r_graph.bulk import SCHEMA, BulkProgress, rate_pairs, summarize_reviews
+from r4r_graph.bulk import SCHEMA, rate_pairs, summarize_reviews
 from r4r_graph.engine.base import RateRequest
 from r4r_graph.errors import DataError, EngineFailure, InputError, SettingError
+from r4r_graph.jobs import JobProgress
 from r4r_graph.reviews import load_pairs
 from r4r_graph.schema import Pair
 
@@ -44,7 +45,7 @@ def made() -> Iterator[Recommender]:
 def test_the_folder_reads_as_one_table_in_the_order_of_the_pairs(
     made: Recommender, tmp_path: Path
 ) -> None:
-    told: list[BulkProgress] = []
+    told: list[JobProgress] = []
     report = rate_pairs(made, PAIRS, tmp_path / "out", part_rows=7, on_progress=told.append)
     table = pandas.read_parquet(tmp_path / "out")
     assert list(table.columns) == SCHEMA.names
@@ -93,7 +94,7 @@ def test_a_stopped_job_continues_and_equals_a_straight_one(
     made: Recommender, tmp_path: Path
 ) -> None:
     def stop_at(count: int) -> Any:
-        def tell(now: BulkProgress) -> None:
+        def tell(now: JobProgress) -> None:
             if now.done >= count:
                 raise Stop
 
@@ -111,7 +112,7 @@ def test_a_stopped_job_continues_and_equals_a_straight_one(
 
 def test_a_finished_job_computes_nothing(made: Recommender, tmp_path: Path) -> None:
     rate_pairs(made, PAIRS, tmp_path / "out")
-    told: list[BulkProgress] = []
+    told: list[JobProgress] = []
     report = rate_pairs(made, PAIRS, tmp_path / "out", on_progress=told.append)
     assert (report.reused, report.rows, told) == (40, 40, [])
 

@@ -21,9 +21,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from r4r_graph.bulk import BulkProgress, OnProgress
 from r4r_graph.caches import CacheEntry
 from r4r_graph.cli.doctor import Finding
+from r4r_graph.jobs import JobProgress, OnProgress
 from r4r_graph.prompts import clean
 from r4r_graph.ratings import RatingDistribution, RatingScale
 from r4r_graph.recommender import Event, RationaleToken, SummaryProgress
@@ -57,7 +57,7 @@ def progress(what: str, err: Console) -> Iterator[OnProgress]:
         task = bar.add_task(what, total=None, rate="", failed="")
         first: int | None = None
 
-        def tell(now: BulkProgress) -> None:
+        def tell(now: JobProgress) -> None:
             nonlocal first
             first = now.done - 1 if first is None else first
             rate = (now.done - first) / now.seconds if now.seconds else 0.0
