@@ -65,7 +65,8 @@ def target_evidence(
     state = _recalled(target, source, recipe)
     keys = {e["key"] for e in (*state["user_reviews"], *state["item_reviews"])}
     known = {key: summaries[key].to_dict() for key in keys if key in summaries}
-    evidence = evidence_of({**state, "summaries": known})
+    state["summaries"] = known
+    evidence = evidence_of(state)
     return fit_evidence(evidence, meter, recipe.token_budgets)[0]
 
 
