@@ -18,6 +18,7 @@ R4RError
 │   ├── DivergedError        the loss is no finite number
 │   ├── MemoryExhaustedError memory of the device ran out; names the setting to lower
 │   └── TeacherError         the teacher cannot be used, or its token limit is reached
+│       └── AnswerError      the teacher kept failing on one row; recorded, the others go on
 └── MissingExtraError        an optional dependency is not installed
 """
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdapterMismatchError",
+    "AnswerError",
     "DataError",
     "DivergedError",
     "EngineBusyError",
@@ -122,6 +124,10 @@ class MemoryExhaustedError(TrainingError):
 
 class TeacherError(TrainingError):
     """The teacher cannot be used, or its token limit is reached."""
+
+
+class AnswerError(TeacherError):
+    """The teacher kept failing on one row."""
 
 
 class MissingExtraError(R4RError, ImportError):
