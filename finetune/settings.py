@@ -187,7 +187,7 @@ class CalibrationSettings(_Strict):
     rows: int | None = None
     min_rows: int = 50
     l2: float = 1e-2
-    """Pull of the biases towards 0 and of the log-temperature towards 0."""
+    """Pull of the biases towards 0 and of 1/temperature towards 1."""
     with_rationale: bool = True
     """Fit on distributions given the reasoner's rationales; else on those without."""
 

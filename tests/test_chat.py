@@ -17,6 +17,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from r4r_graph.engine.aspects import parse_aspects
 from r4r_graph.engine.base import GenerateRequest, GenerateResult, Message
 from r4r_graph.engine.batching import BatchingEngine, Row
 from r4r_graph.engine.chat import EngineChatModel
@@ -154,6 +155,19 @@ def test_settings_come_from_the_model_or_the_call(
         (7, 0.5, 0.9, 5),
         (7, 0.5, 0.9, 6),
     ]
+
+
+def test_the_format_of_a_call_reaches_the_engine(
+    model: EngineChatModel, seen: list[GenerateRequest], fake: Callable[..., BatchingEngine]
+) -> None:
+    model.invoke(CHAT)
+    model.invoke(CHAT, format="aspects")
+    asyncio.run(model.ainvoke(CHAT, format="aspects"))
+    assert [request.format for request in seen] == ["text", "aspects", "aspects"]
+    with pytest.raises(RequestError, match="bad format 'json': one of text, aspects"):
+        model.invoke(CHAT, format="json")
+    enforced = EngineChatModel(engine=fake()).invoke(CHAT, format="aspects", max_tokens=40)
+    parse_aspects(str(enforced.content))
 
 
 def test_siblings_reach_the_engine() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from r4r_graph.calibration import Calibration
 from r4r_graph.engine.aspects import parse_aspects
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine, Row
@@ -281,6 +282,48 @@ def test_without_adapters_the_base_answers(tiny_engine: BatchingEngine, load: Lo
     assert bare.generate([request]) == tiny_engine.generate([request])
     with pytest.raises(RequestError, match="loaded: none"):
         bare.generate([GenerateRequest(CHAT, adapter="reasoner")])
+
+
+def test_the_predictors_calibration_is_applied_and_to_nothing_else(
+    tiny_base: Path, tiny_adapters: Path, tiny_engine: BatchingEngine, tmp_path: Path
+) -> None:
+    calibration = Calibration(RatingScale().values, 0.5, (0.5, 0.0, -1.0, 0.0, 0.25))
+    folder = Path(shutil.copytree(tiny_adapters, tmp_path / "adapters"))
+    calibration.save(folder / "predictor" / "calibration.json")
+    requests = [
+        RateRequest((Message("user", text),), adapter=adapter)
+        for text in ("Which songs?", "A longer question: which of all these songs?")
+        for adapter in ("predictor", "reasoner", None)
+    ]
+    plain = [result.distribution for result in tiny_engine.rate(requests)]
+    engine, notes = load_local_engine(tiny_base, folder, device="cpu")
+    with engine:
+        found = [result.distribution for result in engine.rate(requests)]
+        with pytest.raises(ModelError, match="calibration is for the ratings 1, 2, 3, 4, 5"):
+            engine._backend.prepare(replace(requests[0], scale=RatingScale.parse("1-10")))
+        [alone] = engine.rate([replace(requests[1], scale=RatingScale.parse("1-10"))])
+    assert not any("other weights" in note for note in notes)
+    for request, before, after in zip(requests, plain, found, strict=True):
+        wanted = calibration.apply(before) if request.adapter == "predictor" else before
+        assert after.probabilities == pytest.approx(wanted.probabilities, abs=1e-5)
+        assert after.mass == pytest.approx(before.mass, abs=1e-5)
+    assert len(alone.distribution.probabilities) == 10
+    assert engine.info.adapters["predictor"] != tiny_engine.info.adapters["predictor"]
+
+
+def test_a_calibration_can_be_left_alone(
+    tiny_base: Path, tiny_adapters: Path, tiny_engine: BatchingEngine, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapters, tmp_path / "adapters"))
+    request = RateRequest(CHAT, adapter="predictor")
+    [plain] = tiny_engine.rate([request])
+    identity = Calibration(RatingScale().values)
+    strong = Calibration(RatingScale().values, 9.0)
+    for calibration, calibrated in ((strong, False), (identity, True)):
+        calibration.save(folder / "predictor" / "calibration.json")
+        engine, _ = load_local_engine(tiny_base, folder, device="cpu", calibrated=calibrated)
+        with engine:
+            assert engine.rate([request]) == [plain]
 
 
 def test_a_closed_engine_lets_go_of_the_model(load: Load) -> None:

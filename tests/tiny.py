@@ -17,6 +17,16 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+HEADERS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+"""A template of another family: a beginning of sequence, headers, an end of its own."""
+
 SENTENCES = [
     "The guitar is warm and the drums are too loud for my ears.",
     "I loved the first half of the film, but the ending was rushed.",
@@ -28,18 +38,24 @@ SENTENCES = [
 ]
 
 
-def make_tiny_base(path: Path, seed: int = 0, hidden: int = 32) -> Path:
-    """Write a random two-layer Llama with its tokenizer to `path`; returns `path`.
+def make_tiny_base(
+    path: Path, seed: int = 0, hidden: int = 32, style: str = "chatml", family: str = "llama"
+) -> Path:
+    """Write a random two-layer Llama (or Qwen3) with its tokenizer to `path`; returns `path`.
 
     float32 safetensors, 2,048 positions, tied embeddings, a byte-level BPE whose digits are
-    single tokens, ChatML with `<|im_end|>` as the end.
+    single tokens, ChatML with `<|im_end|>` as the end. With style `headers` the chat template is
+    of another family, and the embeddings are not tied.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
-    config = LlamaConfig(
+    tokenizer = _tokenizer(style)
+    names = {"llama": "Llama", "qwen3": "Qwen3"}
+    make_config: Any = getattr(transformers, f"{names[family]}Config")
+    make_model: Any = getattr(transformers, f"{names[family]}ForCausalLM")
+    config = make_config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -47,15 +63,16 @@ def make_tiny_base(path: Path, seed: int = 0, hidden: int = 32) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        head_dim=hidden // 4,
+        tie_word_embeddings=style == "chatml",
         initializer_range=0.3,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = make_model(config)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -104,7 +121,7 @@ def make_adapter(
     return out
 
 
-def _tokenizer() -> Any:
+def _tokenizer(style: str = "chatml") -> Any:
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -113,9 +130,12 @@ def _tokenizer() -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    headers = style == "headers"
+    begin, end = ("<|begin|>", "<|eot_id|>") if headers else ("<|im_start|>", "<|im_end|>")
+    more = ["<|start_header_id|>", "<|end_header_id|>"] if headers else []
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", begin, end, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -123,12 +143,13 @@ def _tokenizer() -> Any:
     make: Any = transformers.PreTrainedTokenizerFast
     fast = make(
         tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
+        bos_token=begin,
+        eos_token=end,
         unk_token="<|endoftext|>",
-        pad_token="<|im_end|>",
+        pad_token=end,
+        additional_special_tokens=more,
         padding_side="left",
         model_max_length=2048,
     )
-    fast.chat_template = CHATML
+    fast.chat_template = HEADERS if headers else CHATML
     return fast

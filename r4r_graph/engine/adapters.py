@@ -6,6 +6,8 @@ an optional `r4r.json` that says what it was trained for:
     {"expert": "reasoner", "base_model": "smollm2-135m", "base_digest": "0123456789abcdef",
      "prompt": {"name": "reasoner", "version": 1, "digest": "..."}}
 
+A predictor may also have a `calibration.json` (see `r4r_graph.calibration`).
+
 Nothing here loads a model: shapes are compared by the headers of the safetensors.
 """
 
@@ -17,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r4r_graph.engine.model_files import digest_files, read_json, tensor_shapes
+from r4r_graph.calibration import CALIBRATION_FILE, Calibration
+from r4r_graph.engine.model_files import digest_files, file_digest, read_json, tensor_shapes
 from r4r_graph.engine.weights import BaseModel, weight_shapes
 from r4r_graph.errors import (
     AdapterMismatchError,
@@ -37,7 +40,6 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _NOTE = "r4r.json"
-_CALIBRATION = "calibration.json"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 _OTHER = re.compile(r".*\.(lora_\w+|token_adapter)(\..+)?")  # DoRA's vectors, tuned tokens
@@ -58,20 +60,26 @@ class Adapter:
     """Digest of the base model that it was trained on, if recorded."""
     prompt: Mapping[str, Any] | None
     """Name, version and digest of the prompt that it was trained with, if recorded."""
+    calibration: Calibration | None = None
+    """Of a predictor: what its distributions are passed through."""
 
 
 def find_adapters(
     adapters: str | Path | Mapping[str, str | Path | None] | None,
+    *,
+    calibrated: bool = True,
 ) -> dict[str, Adapter]:
     """The adapters that `adapters` names, by expert; experts without one are left out.
 
     `adapters` is a directory with a subfolder for each expert, a mapping from experts to
-    directories (None: no adapter), or None or `"none"` for no adapters at all.
+    directories (None: no adapter), or None or `"none"` for no adapters at all. Without
+    `calibrated` a predictor's calibration counts for nothing, its digest included.
 
     Raises:
         SettingError: the mapping names an unknown expert.
         ModelNotFoundError: a directory or file is not there.
-        ModelError: an adapter that is damaged, pickled, no LoRA, or another expert's.
+        ModelError: an adapter that is damaged, pickled, no LoRA, or another expert's, or a
+            damaged calibration.
     """
     if adapters is None or adapters == "none":
         return {}
@@ -93,7 +101,11 @@ def find_adapters(
             )
         if not chosen:
             raise ModelNotFoundError(f"{folder} has no subfolder named {', '.join(EXPERTS)}")
-    return {name: _adapter(name, chosen[name].absolute()) for name in EXPERTS if name in chosen}
+    return {
+        name: _adapter(name, chosen[name].absolute(), calibrated)
+        for name in EXPERTS
+        if name in chosen
+    }
 
 
 def check_adapter(
@@ -121,10 +133,13 @@ def check_adapter(
     else:
         shapes = model_shapes() if callable(model_shapes) else model_shapes
     _check_shapes(adapter, base, shapes)
-    return _check_prompt(adapter, prompt_digest, allow_prompt_mismatch)
+    return [
+        *_check_prompt(adapter, prompt_digest, allow_prompt_mismatch),
+        *_check_calibration(adapter),
+    ]
 
 
-def _adapter(expert: str, folder: Path) -> Adapter:
+def _adapter(expert: str, folder: Path, calibrated: bool) -> Adapter:
     """The adapter in a directory, after a look at whether all of it is there."""
     if not folder.is_dir():
         raise ModelNotFoundError(f"no {expert} adapter: {folder} is not a directory")
@@ -144,7 +159,11 @@ def _adapter(expert: str, folder: Path) -> Adapter:
     if not tensor_shapes(folder / _WEIGHTS):
         raise ModelError(f"the {expert} adapter {folder} is empty: no tensors in {_WEIGHTS}")
     note = _note(folder, expert)
-    parts = [folder / name for name in (_CONFIG, _WEIGHTS, _CALIBRATION, _NOTE)]
+    names = (_CONFIG, _WEIGHTS, *([CALIBRATION_FILE] if calibrated else []), _NOTE)
+    parts = [folder / name for name in names]
+    calibration = None
+    if expert == "predictor" and calibrated and (folder / CALIBRATION_FILE).is_file():
+        calibration = Calibration.load(folder / CALIBRATION_FILE)
     return Adapter(
         expert=expert,
         path=folder,
@@ -152,6 +171,7 @@ def _adapter(expert: str, folder: Path) -> Adapter:
         base_model=note.get("base_model") or config.get("base_model_name_or_path") or None,
         base_digest=note.get("base_digest") or None,
         prompt=note.get("prompt") or None,
+        calibration=calibration,
     )
 
 
@@ -259,3 +279,14 @@ def _check_prompt(adapter: Adapter, digest: str, allowed: bool) -> list[str]:
             "worse answers with allow_prompt_mismatch=True (--allow-prompt-mismatch)"
         )
     return [difference]
+
+
+def _check_calibration(adapter: Adapter) -> list[str]:
+    """Compare the weights with those that the calibration was fitted to; returns warnings."""
+    facts = adapter.calibration.facts if adapter.calibration is not None else None
+    if facts is None or facts.weights_digest in ("", file_digest(adapter.path / _WEIGHTS)):
+        return []
+    return [
+        f"the {adapter.expert} adapter {adapter.path} was calibrated with other weights than it "
+        f"has; calibrate it again, or remove {CALIBRATION_FILE}"
+    ]

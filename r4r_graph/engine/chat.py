@@ -9,7 +9,7 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, get_args
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
@@ -21,7 +21,14 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import ConfigDict, Field
 
-from r4r_graph.engine.base import Engine, GenerateRequest, GenerateResult, Message, Role
+from r4r_graph.engine.base import (
+    Engine,
+    GenerateRequest,
+    GenerateResult,
+    Message,
+    OutputFormat,
+    Role,
+)
 from r4r_graph.errors import RequestError
 
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "ai": "assistant"}
@@ -30,7 +37,7 @@ _ROLES: dict[str, Role] = {"system": "system", "human": "user", "ai": "assistant
 class EngineChatModel(BaseChatModel):
     """A chat model that answers with one adapter of an engine.
 
-    `seed`, `temperature`, `max_tokens`, `top_p` and `siblings` may also be given per call
+    `seed`, `temperature`, `max_tokens`, `top_p`, `format` and `siblings` may also be given per call
     (`model.invoke(messages, seed=3)`).
     """
 
@@ -66,10 +73,13 @@ class EngineChatModel(BaseChatModel):
     def _request(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, **settings: Any
     ) -> GenerateRequest:
-        known = ("max_tokens", "temperature", "top_p", "seed", "siblings")
+        known = ("max_tokens", "temperature", "top_p", "seed", "format", "siblings")
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise RequestError(f"unknown settings for the engine's chat model: {unknown}")
+        format: OutputFormat = settings.get("format", "text")
+        if format not in get_args(OutputFormat):
+            raise RequestError(f"bad format {format!r}: one of {', '.join(get_args(OutputFormat))}")
         return GenerateRequest(
             messages=tuple(map(_turn, messages)),
             adapter=self.adapter,
@@ -77,6 +87,7 @@ class EngineChatModel(BaseChatModel):
             temperature=settings.get("temperature", self.temperature),
             top_p=settings.get("top_p", self.top_p),
             seed=settings.get("seed", self.seed),
+            format=format,
             siblings=settings.get("siblings", 1),
             stop=tuple(stop or ()),
         )

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r4r_graph.calibration import Calibration
 from r4r_graph.engine import aspects
 from r4r_graph.engine.base import (
     EngineInfo,
@@ -42,10 +43,16 @@ class LocalBackend:
         tokenizer: its fast tokenizer, with a chat template.
         info: what to report; `info.adapters` must name the `adapters`.
         adapters: adapter name to PEFT directory.
+        calibrations: adapter name to what its rating distributions are passed through.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, info: EngineInfo, adapters: Mapping[str, Path]
+        self,
+        model: Any,
+        tokenizer: Any,
+        info: EngineInfo,
+        adapters: Mapping[str, Path],
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         from transformers import GenerationConfig
 
@@ -54,6 +61,7 @@ class LocalBackend:
         self._tokenizer = tokenizer
         self._grammars = Grammars(model, tokenizer)
         self._readouts: dict[RatingScale, RatingReadout] = {}
+        self._calibrations = dict(calibrations or {})
         self._lock = threading.Lock()
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -75,6 +83,8 @@ class LocalBackend:
         with warnings.catch_warnings():
             # PEFT 0.21 asks Transformers 5 for an attribute it has renamed.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            # An adapter with a head of its own is meant to part from the tied embedding.
+            warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True` and a tied layer")
             if self._adapted is None:
                 self._adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
             else:
@@ -94,6 +104,8 @@ class LocalBackend:
         ids = self.meter.prompt(request.messages)
         key: tuple[Any, ...]
         if isinstance(request, RateRequest):
+            if (calibration := self._calibration(request)) is not None:
+                calibration.check_scale(request.scale)
             readout = self._readout(request.scale)
             answer = max(map(len, readout.probes))
             cost = (len(ids) + answer) * len(readout.probes)
@@ -146,6 +158,9 @@ class LocalBackend:
                 self._readouts[scale] = RatingReadout(self._grammars, scale)
             return self._readouts[scale]
 
+    def _calibration(self, request: RateRequest) -> Calibration | None:
+        return None if request.adapter is None else self._calibrations.get(request.adapter)
+
     # On the engine's thread ------------------------------------------------------------------
 
     def rate(self, rows: Sequence[Row]) -> list[RateResult | Exception]:
@@ -155,6 +170,7 @@ class LocalBackend:
         request = rows[0].prepared.request
         assert isinstance(request, RateRequest)
         readout = self._readout(request.scale)
+        calibration = self._calibration(request)
         depth = max(map(len, readout.probes))
         sequences, kept = [], depth + 1
         for row in rows:
@@ -178,7 +194,10 @@ class LocalBackend:
             for j, probe in enumerate(readout.probes):
                 for at in range(len(probe) + 1):
                     places[probe[:at]] = log_probs[i * len(readout.probes) + j, at]
-            results.append(RateResult(readout.read(places), len(row.prepared.ids)))
+            distribution = readout.read(places)
+            if calibration is not None:
+                distribution = calibration.apply(distribution)
+            results.append(RateResult(distribution, len(row.prepared.ids)))
         return results
 
     def generate(self, rows: Sequence[Row]) -> list[GenerateResult | Exception]:
@@ -259,6 +278,7 @@ def load_local_engine(
     prompts: Mapping[str, str] | None = None,
     allow_prompt_mismatch: bool = False,
     max_batch_tokens: int | None = None,
+    calibrated: bool = True,
 ) -> tuple[BatchingEngine, list[str]]:
     """Load a base model and its adapters; returns the engine and warnings.
 
@@ -272,15 +292,17 @@ def load_local_engine(
         prompts: expert name to the digest of its prompt here, to hold adapters against.
         allow_prompt_mismatch: accept adapters trained on another version of their prompt.
         max_batch_tokens: token positions in one forward pass; None chooses by device.
+        calibrated: apply the calibration beside the predictor's adapter, if there is one.
 
     Raises:
         ModelNotFoundError, AdapterMismatchError, PromptMismatchError, SettingError
+        ModelError: something else is wrong with the base or an adapter, such as a damaged file.
     """
     from r4r_graph.engine.adapters import check_adapter, find_adapters
     from r4r_graph.engine.weights import find_base, load_model
 
     found_base = find_base(base)
-    found = find_adapters(adapters)
+    found = find_adapters(adapters, calibrated=calibrated)
     notes: list[str] = []
     for expert, adapter in found.items():
         notes += check_adapter(
@@ -300,7 +322,9 @@ def load_local_engine(
         adapters={expert: adapter.digest for expert, adapter in found.items()},
         max_tokens=model.config.max_position_embeddings,
     )
-    backend = LocalBackend(model, tokenizer, info, {e: a.path for e, a in found.items()})
+    paths = {expert: adapter.path for expert, adapter in found.items()}
+    calibrations = {e: a.calibration for e, a in found.items() if a.calibration is not None}
+    backend = LocalBackend(model, tokenizer, info, paths, calibrations)
     tokens, rows = (131072, 128) if device.startswith("cuda") else (16384, 32)
     engine = BatchingEngine(backend, max_batch_tokens=max_batch_tokens or tokens, max_rows=rows)
     return engine, notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from r4r_graph.engine.base import Message
@@ -64,6 +65,52 @@ class HubTokenMeter:
             )
         return tuple(encoded["input_ids"])
 
+    def answer(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer, as a model is trained to write it after `prompt`: the text and
+        the token that ends an assistant's turn in this chat template."""
+        with self._lock:
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return (*ids, self.turn_end)
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The token that ends an assistant's turn.
+
+        Raises:
+            ModelError: the chat template writes no such token.
+        """
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u2042"}]
+        with self._lock:
+            whole = self._tokenizer.apply_chat_template(turns, tokenize=False)
+            behind = self._tokenizer.encode(
+                whole.rpartition("\u2042")[2].strip(), add_special_tokens=False
+            )
+        if not behind or behind[0] not in self._tokenizer.added_tokens_decoder:
+            raise ModelError(
+                f"the chat template of {self._tokenizer.name_or_path} ends no assistant's turn "
+                "with a token of its own"
+            )
+        return int(behind[0])
+
+    @cached_property
+    def task_opening(self) -> tuple[int, ...]:
+        """The tokens that open the last of two user turns: where an activated LoRA begins.
+
+        Raises:
+            ModelError: this chat template cannot have two user turns in a row.
+        """
+        if self._shape is _merged or self._shape is _without_system:
+            raise ModelError(
+                f"the chat template of {self._tokenizer.name_or_path} joins context and task into "
+                "one turn; an activated LoRA needs a turn of its own for the task"
+            )
+        before = [Message("system", "s"), Message("user", "c")]
+        one, two = (self.prompt([*before, Message("user", task)]) for task in ("a", "b"))
+        bare = self.prompt(before)
+        begin, end = _common(bare, one), _common(one, two)
+        # One token earlier: the token that begins every turn.
+        return one[begin - 1 : end]
+
     def _renders(self, shape: Callable[[Sequence[Message]], list[dict[str, str]]]) -> bool:
         """Whether the template accepts turns of this shape: some refuse a system turn, some two
         user turns in a row."""
@@ -73,6 +120,13 @@ class HubTokenMeter:
         except Exception:  # templates raise what they like
             return False
         return True
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _as_is(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -109,7 +109,7 @@ def load_model(
         ModelError: the files cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = _device(device)
     on_cuda = device.startswith("cuda")
@@ -119,12 +119,10 @@ def load_model(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantize_4bit:
         options |= _four_bits(device, options["dtype"])
+    tokenizer = load_tokenizer(base)
     size = sum(file.stat().st_size for file in weight_files(base.path))
     try:
         with _quiet() if size <= _SMALL else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(
-                base.path, padding_side="left", local_files_only=True, trust_remote_code=False
-            )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 base.path,
                 use_safetensors=True,
@@ -138,13 +136,33 @@ def load_model(
         raise ModelError(
             f"cannot load base model {base.name} from {base.path}: {first_line(error)}"
         ) from error
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.eval().requires_grad_(False)
+    return model, tokenizer, device, dtype
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The tokenizer of `base`: pads on the left, and has a padding token.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no token to pad with.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                base.path, padding_side="left", local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {base.name} from {base.path}: {first_line(error)}"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer in {base.path} has no end, unknown or padding token")
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.eval().requires_grad_(False)
-    return model, tokenizer, device, dtype
+    return tokenizer
 
 
 def weight_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:

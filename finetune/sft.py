@@ -1,0 +1,462 @@
+"""Fits one adapter: examples in, a finished PEFT folder out, or nothing.
+
+    trainee = load_trainee(recipe)
+    fitted = fit(recipe, "summarizer", trainee, train, validation, describe)
+
+One function serves all experts; what differs between them are their examples and their settings.
+A run keeps checkpoints under `work/runs/STEP` and goes on from the last whole one; the finished
+folder appears by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.examples import Example
+from finetune.settings import LoraSettings, RatingTrainingSettings, Recipe, TrainingSettings
+from r4r_graph.caches import write_atomically
+from r4r_graph.engine.decoding import Grammars, RatingReadout
+from r4r_graph.engine.model_files import read_json
+from r4r_graph.engine.tokens import HubTokenMeter
+from r4r_graph.engine.weights import BaseModel, find_base, load_model
+from r4r_graph.errors import (
+    DataError,
+    MemoryExhaustedError,
+    MissingExtraError,
+    SettingError,
+    TrainingError,
+)
+from r4r_graph.prompts import prompt_info
+
+IGNORED = -100
+_WATCHING = frozenset(
+    [
+        "save_steps",
+        "eval_steps",
+        "log_steps",
+        "report_to",
+        "micro_batch",
+        "gradient_checkpointing",
+        "min_rows",
+        "max_left_out",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A loaded base model that adapters are trained on."""
+
+    base: BaseModel
+    model: Any
+    tokenizer: Any
+    meter: HubTokenMeter
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished training run, before its folder is written."""
+
+    trainer: Any
+    """The `ExpertTrainer`; its model holds the adapter."""
+    base: BaseModel
+    metrics: dict[str, float]
+    """Steps, rows, losses, tokens, seconds."""
+    validation: Any
+    """The validation rows as a dataset; None without any."""
+
+
+def load_trainee(recipe: Recipe) -> Trainee:
+    """The base model of a recipe.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+        MissingExtraError: TRL is not installed.
+    """
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("training", "training") from None
+    if recipe.threads is not None:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+    base = find_base(recipe.base)
+    model, tokenizer, device, dtype = load_model(
+        base, device=recipe.device, dtype=recipe.dtype, quantize_4bit=recipe.quantize_4bit
+    )
+    return Trainee(base, model, tokenizer, HubTokenMeter(tokenizer), device, dtype)
+
+
+def run_facts(
+    recipe: Recipe,
+    expert: str,
+    settings: TrainingSettings,
+    base: BaseModel,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+) -> dict[str, Any]:
+    """What makes two training runs the same one: compared before a run is continued or skipped.
+
+    What decides how a run is watched and held in memory, not what comes out of it, is left out.
+    """
+    matters = {k: v for k, v in asdict(settings).items() if k not in _WATCHING}
+    return {
+        "base": base.digest,
+        "prompt": prompt_info(expert).digest,
+        "settings": json.loads(json.dumps(matters)),
+        "quantize_4bit": recipe.quantize_4bit,
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+        "train_rows": len(train),
+        "train_digest": digest_examples(train),
+        "validation_digest": digest_examples(validation),
+    }
+
+
+def digest_examples(examples: Sequence[Example]) -> str:
+    """16 hex digits over the token ids and targets of rows, in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.completion, example.target]).encode())
+    return digest.hexdigest()
+
+
+def prepare_run(folder: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
+    """Make a run's folder ready; returns the last whole checkpoint to go on from, if any.
+
+    Raises:
+        SettingError: the folder's checkpoints are of another run.
+    """
+    note = folder / "run.json"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if note.exists():
+        earlier = json.loads(note.read_text(encoding="utf-8"))
+        changed = sorted(key for key in facts if facts[key] != earlier.get(key))
+        if changed:
+            raise SettingError(
+                f"{folder} holds checkpoints of another run (different: {', '.join(changed)}); "
+                "start over with --no-resume, or choose another work folder"
+            )
+    else:
+        write_atomically(note, json.dumps(facts, indent=2))
+    return _last_checkpoint(folder)
+
+
+def fit(
+    recipe: Recipe,
+    step: str,
+    settings: TrainingSettings,
+    trainee: Trainee,
+    train: Sequence[Example],
+    validation: Sequence[Example] = (),
+    *,
+    folder: Path,
+    checkpoint: Path | None = None,
+    quiet: bool = False,
+) -> Fitted:
+    """Train one adapter on examples.
+
+    Args:
+        recipe: seed, device, precision.
+        step: the run's name, in messages.
+        settings: of this run.
+        trainee: the base model; it is wrapped in place and serves one run.
+        train: rows to learn.
+        validation: rows for the validation loss.
+        folder: for checkpoints, `metrics.jsonl` and logs.
+        checkpoint: go on from there.
+        quiet: without a progress bar.
+
+    Raises:
+        DataError: too few rows.
+        DivergedError: the loss is no finite number.
+        MemoryExhaustedError: memory ran out; names the setting to lower.
+        TrainingError: nothing to train, or the disk is full.
+    """
+    if len(train) < settings.min_rows:
+        raise DataError(
+            f"{step}: {len(train)} rows to train on, under the least of {settings.min_rows} "
+            "(min_rows); give more reviews or labels"
+        )
+    from transformers import PrinterCallback
+
+    from finetune.callbacks import MetricsFile, ProgressBar
+    from finetune.trainer import Collator, ExpertTrainer
+
+    rates = isinstance(settings, RatingTrainingSettings)
+    readout = None
+    if rates:
+        grammars = Grammars(trainee.model, trainee.tokenizer)
+        readout = RatingReadout(grammars, recipe.rating_scale)
+    opening = trainee.meter.task_opening if settings.lora.activated else None
+    model = adapted(trainee, recipe, settings, readout)
+    rows = _dataset(train)
+    checks = _dataset(validation[: settings.validation_rows]) if validation else None
+    bar = None if quiet else ProgressBar(step)
+    with _third_party_warnings():
+        trainer = ExpertTrainer(
+            model=model,
+            args=_arguments(recipe, settings, trainee, folder, has_validation=checks is not None),
+            train_dataset=rows,
+            eval_dataset=checks,
+            processing_class=trainee.tokenizer,
+            data_collator=Collator(trainee.tokenizer.pad_token_id, readout, opening),
+            callbacks=[MetricsFile(folder / "metrics.jsonl"), *([bar] if bar else [])],
+            readout=readout,
+            rating_weights=settings.loss if isinstance(settings, RatingTrainingSettings) else None,
+        )
+        trainer.pop_callback(PrinterCallback)  # it would print the log to stdout
+        before = _weights(model)
+        with _training_errors(step, folder, bar):
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            metrics = {k: float(v) for k, v in output.metrics.items()}
+            if checks is not None:
+                metrics |= _last_evaluation(trainer)
+    if checkpoint is None and _weights(model) == before:
+        raise TrainingError(f"{step}: training changed no weight; check learning_rate and rows")
+    metrics["train_rows"] = len(train)
+    metrics["steps"] = trainer.state.global_step
+    metrics["tokens_seen"] = float(trainer._total_train_tokens)
+    return Fitted(trainer, trainee.base, metrics, checks)
+
+
+def adapted(
+    trainee: Trainee,
+    recipe: Recipe,
+    settings: TrainingSettings,
+    readout: RatingReadout | None,
+) -> Any:
+    """The trainee's model with a new LoRA adapter, the only thing in it that trains.
+
+    Raises:
+        SettingError: the head cannot be tuned that way on this model.
+        TrainingError: nothing in it would train.
+    """
+    import peft
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings.lora
+    model = trainee.model
+    if recipe.quantize_4bit:
+        prepare: Any = peft.prepare_model_for_kbit_training
+        model = prepare(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=attention if lora.targets == "attention" else "all-linear",
+        task_type="CAUSAL_LM",
+        alora_invocation_tokens=list(trainee.meter.task_opening) if lora.activated else None,
+        **_head(lora, model, readout),
+    )
+    with torch.random.fork_rng(devices=[]), _third_party_warnings():
+        torch.manual_seed(recipe.seed)
+        adapted_model = get_peft_model(model, config)
+    if not any(p.requires_grad for p in adapted_model.parameters()):
+        raise TrainingError(f"no trainable parameter in {trainee.base.name} with {lora}")
+    return adapted_model
+
+
+def save_adapter(fitted: Fitted, out: Path, describe: Callable[[Path], None]) -> None:
+    """Write the finished adapter to the folder `out`, all or nothing.
+
+    `describe` adds what else belongs into the folder (the card) before it gets its name.
+
+    Raises:
+        TrainingError: it cannot be written; what was at `out` before is still there.
+    """
+    scratch = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # The base's embeddings are not ours; tuned tokens and heads are saved by PEFT itself.
+        fitted.trainer.model.save_pretrained(str(scratch), save_embedding_layers=False)
+        # The base by its name: a path of this machine means nothing elsewhere.
+        config = read_json(scratch / "adapter_config.json")
+        config["base_model_name_or_path"] = fitted.base.name
+        write_atomically(scratch / "adapter_config.json", json.dumps(config, indent=2))
+        describe(scratch)
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.replace(old)
+        scratch.replace(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        if not _is_write_error(error):
+            raise
+        raise TrainingError(f"cannot write the adapter {out}: {error}; free some space") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _head(lora: LoraSettings, model: Any, readout: RatingReadout | None) -> dict[str, Any]:
+    """PEFT's own means for a tuned head."""
+    if lora.head == "frozen":
+        return {}
+    assert readout is not None  # settings allow it for rating experts only
+    if lora.head == "whole":
+        return {"modules_to_save": ["lm_head"]}
+    if not model.config.get_text_config().tie_word_embeddings:
+        raise SettingError(
+            "lora.head=rating_tokens tunes rows of an embedding that is also the head; this model "
+            "has a head of its own: use head=whole"
+        )
+    tokens = sorted(set(_rating_tokens(readout.root)))
+    return {"trainable_token_indices": {"embed_tokens": tokens}}
+
+
+def _rating_tokens(branch: Any) -> Iterator[int]:
+    for token, step in branch.steps.items():
+        yield token
+        if not isinstance(step, int):
+            yield from _rating_tokens(step)
+
+
+def _dataset(examples: Sequence[Example]) -> Any:
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = {
+        "input_ids": [[*e.prompt, *e.completion] for e in examples],
+        "labels": [[IGNORED] * len(e.prompt) + list(e.completion) for e in examples],
+        "length": [len(e) for e in examples],
+    }
+    if examples and examples[0].target is not None:
+        columns["target"] = [list(e.target or ()) for e in examples]
+        columns["rating"] = [e.rating for e in examples]
+    return Dataset.from_dict(columns)
+
+
+def _arguments(
+    recipe: Recipe,
+    settings: TrainingSettings,
+    trainee: Trainee,
+    folder: Path,
+    *,
+    has_validation: bool,
+) -> Any:
+    from trl import SFTConfig
+
+    on_cuda = trainee.device.startswith("cuda")
+    mixed = on_cuda and trainee.dtype == "bfloat16"
+    return SFTConfig(
+        output_dir=str(folder),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch // settings.micro_batch,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        optim=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=1.0,
+        logging_steps=settings.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=settings.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        report_to=settings.report_to,
+        use_cpu=not on_cuda,
+        bf16=mixed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        max_length=None,  # nothing is cut: rows that are too long are left out before
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_cuda,
+        disable_tqdm=True,
+    )
+
+
+def _last_evaluation(trainer: Any) -> dict[str, float]:
+    """The validation figures of the last step, computed if that step was not evaluated."""
+    for logged in reversed(trainer.state.log_history):
+        if "eval_loss" in logged and logged["step"] == trainer.state.global_step:
+            return {k: float(v) for k, v in logged.items() if k.startswith("eval_")}
+    return {k: float(v) for k, v in trainer.evaluate().items()}
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _weights(model: Any) -> str:
+    """A digest of everything that trains."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            raw = parameter.detach().to(torch.float32).cpu().contiguous()
+            digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _training_errors(step: str, folder: Path, bar: Any) -> Iterator[None]:
+    """Errors of libraries as errors of ours, with the way out."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryExhaustedError(
+            f"{step}: memory ran out; lower micro_batch (the result stays the same), set "
+            "gradient_checkpointing, lower history or the budgets, or set quantize_4bit"
+        ) from error
+    except Exception as error:
+        if not _is_write_error(error):
+            raise
+        raise TrainingError(
+            f"{step}: cannot write to {folder}: {error}; free some space and call again, the run "
+            "goes on from its last checkpoint"
+        ) from error
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _is_write_error(error: Exception) -> bool:
+    """Whether the disk is to blame; each library has its own way of saying so."""
+    said = str(error)
+    return isinstance(error, OSError) or any(
+        words in said for words in ("No space left", "PytorchStreamWriter failed")
+    )
+
+
+@contextmanager
+def _third_party_warnings() -> Iterator[None]:
+    """Without notes of libraries about each other, which nobody here can act on."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks Transformers 5 for an attribute it has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        # A head that is tuned as a whole is meant to part from the embedding that it was tied to.
+        warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True` and a tied layer")
+        # TRL 1.16 sets it by the name that Transformers 5.24 has replaced.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
