@@ -75,6 +75,8 @@ def _with_progress(step: Step, recipe: Any) -> Any:
 
 
 def _report(step: Step, report: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":  # one of several training processes
+        return
     columns = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
     typer.echo(json.dumps({"step": step.name, **columns}, default=str))
 

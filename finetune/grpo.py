@@ -13,7 +13,6 @@ The trainer itself, and where it departs from TRL's, is in `finetune.grpo_traine
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,17 +24,11 @@ from finetune.card import CardFacts, write_card
 from finetune.leaks import screens_digest
 from finetune.rewards import RationaleReward, rating_weights
 from finetune.rows import Summaries, review_source, row_key, target_evidence
+from finetune.runs import prepare_run, third_party_warnings, training_errors, weights_digest
 from finetune.settings import GrpoSettings, Recipe
-from finetune.sft import (
-    Fitted,
-    Trainee,
-    _third_party_warnings,
-    _training_errors,
-    _weights,
-    load_trainee,
-    prepare_run,
-    save_adapter,
-)
+from finetune.sft import Fitted, Trainee, load_trainee, save_adapter
+from finetune.splits import by_lot, read_targets
+from finetune.summaries import read_summaries
 from r4r_graph.engine.adapters import Adapter, check_adapter, find_adapters
 from r4r_graph.engine.base import Engine, Message
 from r4r_graph.engine.local import load_local_engine
@@ -119,12 +112,8 @@ def train_grpo(
     _check(settings)
     start = _reasoner(recipe)
     if targets is None:
-        from finetune.splits import read_targets
-
         targets = read_targets(recipe, "train", "instruction")
     if summaries is None:
-        from finetune.summaries import read_summaries
-
         summaries = read_summaries(recipe)
     trainee = load_trainee(recipe)
     check_adapter(start, trainee.base, prompt_info("reasoner").digest)
@@ -179,9 +168,8 @@ def choose_targets(targets: Sequence[Review], recipe: Recipe) -> list[Review]:
         DataError: they are fewer than the prompts of one step.
     """
     settings = recipe.grpo
-    chosen = list(targets)
-    random.Random(recipe.seed).shuffle(chosen)
-    chosen = chosen[: min(settings.rows or len(chosen), settings.max_steps * settings.prompts)]
+    most = min(settings.rows or len(targets), settings.max_steps * settings.prompts)
+    chosen = by_lot(targets, recipe.seed, "grpo")[:most]
     if len(chosen) < settings.prompts:
         raise DataError(
             f"grpo: {len(chosen)} rows for steps of {settings.prompts} prompts; lower "
@@ -259,7 +247,7 @@ def trainable_reasoner(trainee: Trainee, adapter: Path, recipe: Recipe) -> Any:
     if recipe.quantize_4bit:
         prepare: Any = peft.prepare_model_for_kbit_training
         model = prepare(model, use_gradient_checkpointing=True)
-    with _third_party_warnings():
+    with third_party_warnings():
         adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     if not trainable_parameters(adapted):
         raise TrainingError(f"grpo: no parameter of the adapter {adapter} is trainable")
@@ -290,11 +278,11 @@ def _fit(
     bar = None if quiet else ProgressBar("grpo")
     log = folder / "metrics.jsonl"
     callbacks = [MetricsFile(log), *([bar] if bar else [])]
-    before = _weights(model)
-    with _third_party_warnings(), _training_errors("grpo", folder, bar), _memory_errors():
+    before = weights_digest(model)
+    with third_party_warnings(), training_errors("grpo", folder, bar), _memory_errors():
         trainer = build_trainer(recipe, trainee, model, rows, reward, folder, callbacks)
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if _weights(model) == before:
+    if weights_digest(model) == before:
         raise TrainingError(
             "grpo: no step changed a weight: the rewards within every group were equal; raise "
             "grpo.temperature or grpo.group, and see in metrics.jsonl whether all rationales were "

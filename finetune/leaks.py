@@ -9,12 +9,14 @@ discs, bands.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from r4r_graph import prompts
 from r4r_graph.ratings import RatingScale
 
 FEWEST_WORDS = 8
@@ -294,6 +296,8 @@ def form_faults(
     if _repeats(words, RUN_WORDS) >= RUN_TIMES or _repeats(words, LONG_RUN_WORDS) >= 2:
         faults["repeats a run of words"] = None
     faults |= {fault: None for fault, pattern in _DEBRIS if pattern.search(plain)}
+    if not _prompt_runs().isdisjoint(_runs(words, RUN_WORDS)):
+        faults["words of a prompt"] = None
     prose = sum(char.isalpha() or char.isspace() or char in "'’-,.;\"“”" for char in plain)
     if prose < LETTERS * len(plain):
         faults["no prose"] = None
@@ -303,7 +307,12 @@ def form_faults(
 def screens_digest() -> str:
     """12 hex digits over all that decides the two screens."""
     limits = (FEWEST_WORDS, MOST_WORDS, RUN_WORDS, RUN_TIMES, LONG_RUN_WORDS, SENTENCE_WORDS)
-    facts = [*limits, LETTERS, *((reason, pattern.pattern) for reason, _, pattern, _ in _LEAKS)]
+    facts: list[object] = [
+        *limits,
+        LETTERS,
+        *((reason, pattern.pattern) for reason, _, pattern, _ in _LEAKS),
+    ]
+    facts += sorted(_prompt_runs())
     facts += [_END.pattern, _SENTENCE.pattern, *((f, pattern.pattern) for f, pattern in _DEBRIS)]
     return hashlib.blake2b(repr(facts).encode(), digest_size=6).hexdigest()
 
@@ -317,7 +326,20 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w'’]+", text.lower())
 
 
+def _runs(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+
+
 def _repeats(words: Sequence[str], size: int) -> int:
     """How often the commonest run of `size` words stands there."""
-    runs = Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1))
-    return max(runs.values(), default=0)
+    return max(Counter(_runs(words, size)).values(), default=0)
+
+
+@functools.cache
+def _prompt_runs() -> frozenset[tuple[str, ...]]:
+    """Runs of words in what the reasoner and the teacher are told to do; weak models repeat it."""
+    empty = {"title": "", "description": ""}
+    inputs: dict[str, object] = {"kind": "", "item": empty, "user_reviews": [], "item_reviews": []}
+    inputs |= dict.fromkeys(("rating", "scale_low", "scale_high"), 0)
+    tasks = [prompts.render(name, inputs).task for name in ("reasoner", "teacher_rationale")]
+    return frozenset(run for task in tasks for run in _runs(_words(task), RUN_WORDS))

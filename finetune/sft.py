@@ -13,14 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.examples import Example
+from finetune.runs import (
+    is_write_error,
+    process_count,
+    third_party_warnings,
+    training_errors,
+    weights_digest,
+)
 from finetune.settings import LoraSettings, RatingTrainingSettings, Recipe, TrainingSettings
 from r4r_graph.caches import write_atomically
 from r4r_graph.engine.decoding import Grammars, RatingReadout
@@ -29,7 +34,6 @@ from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.engine.weights import BaseModel, find_base, load_model
 from r4r_graph.errors import (
     DataError,
-    MemoryExhaustedError,
     MissingExtraError,
     SettingError,
     TrainingError,
@@ -132,29 +136,6 @@ def digest_examples(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def prepare_run(folder: Path, facts: dict[str, Any], *, resume: bool) -> Path | None:
-    """Make a run's folder ready; returns the last whole checkpoint to go on from, if any.
-
-    Raises:
-        SettingError: the folder's checkpoints are of another run.
-    """
-    note = folder / "run.json"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    if note.exists():
-        earlier = json.loads(note.read_text(encoding="utf-8"))
-        changed = sorted(key for key in facts if facts[key] != earlier.get(key))
-        if changed:
-            raise SettingError(
-                f"{folder} holds checkpoints of another run (different: {', '.join(changed)}); "
-                "start over with --no-resume, or choose another work folder"
-            )
-    else:
-        write_atomically(note, json.dumps(facts, indent=2))
-    return _last_checkpoint(folder)
-
-
 def fit(
     recipe: Recipe,
     step: str,
@@ -206,7 +187,7 @@ def fit(
     rows = _dataset(train)
     checks = _dataset(validation[: settings.validation_rows]) if validation else None
     bar = None if quiet else ProgressBar(step)
-    with _third_party_warnings():
+    with third_party_warnings():
         trainer = ExpertTrainer(
             model=model,
             args=_arguments(recipe, settings, trainee, folder, has_validation=checks is not None),
@@ -219,13 +200,13 @@ def fit(
             rating_weights=settings.loss if isinstance(settings, RatingTrainingSettings) else None,
         )
         trainer.pop_callback(PrinterCallback)  # it would print the log to stdout
-        before = _weights(model)
-        with _training_errors(step, folder, bar):
+        before = weights_digest(model)
+        with training_errors(step, folder, bar):
             output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             metrics = {k: float(v) for k, v in output.metrics.items()}
             if checks is not None:
                 metrics |= _last_evaluation(trainer)
-    if checkpoint is None and _weights(model) == before:
+    if checkpoint is None and weights_digest(model) == before:
         raise TrainingError(f"{step}: training changed no weight; check learning_rate and rows")
     metrics["train_rows"] = len(train)
     metrics["steps"] = trainer.state.global_step
@@ -264,7 +245,7 @@ def adapted(
         alora_invocation_tokens=list(trainee.meter.task_opening) if lora.activated else None,
         **_head(lora, model, readout),
     )
-    with torch.random.fork_rng(devices=[]), _third_party_warnings():
+    with torch.random.fork_rng(devices=[]), third_party_warnings():
         torch.manual_seed(recipe.seed)
         adapted_model = get_peft_model(model, config)
     if not any(p.requires_grad for p in adapted_model.parameters()):
@@ -298,7 +279,7 @@ def save_adapter(fitted: Fitted, out: Path, describe: Callable[[Path], None]) ->
         scratch.replace(out)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
-        if not _is_write_error(error):
+        if not is_write_error(error):
             raise
         raise TrainingError(f"cannot write the adapter {out}: {error}; free some space") from error
     finally:
@@ -353,6 +334,12 @@ def _arguments(
     from trl import SFTConfig
 
     on_cuda = trainee.device.startswith("cuda")
+    rows_at_once = settings.micro_batch * process_count(trainee.device)
+    if settings.batch % rows_at_once:
+        raise SettingError(
+            f"batch={settings.batch} cannot be shared by passes of {settings.micro_batch} rows on "
+            f"{rows_at_once // settings.micro_batch} processes; change batch or micro_batch"
+        )
     mixed = on_cuda and trainee.dtype == "bfloat16"
     return SFTConfig(
         output_dir=str(folder),
@@ -363,7 +350,8 @@ def _arguments(
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch // settings.micro_batch,
+        gradient_accumulation_steps=settings.batch // rows_at_once,
+        ddp_find_unused_parameters=False,
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,
         optim=settings.optimizer,
@@ -396,67 +384,3 @@ def _last_evaluation(trainer: Any) -> dict[str, float]:
         if "eval_loss" in logged and logged["step"] == trainer.state.global_step:
             return {k: float(v) for k, v in logged.items() if k.startswith("eval_")}
     return {k: float(v) for k, v in trainer.evaluate().items()}
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state comes last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
-def _weights(model: Any) -> str:
-    """A digest of everything that trains."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            raw = parameter.detach().to(torch.float32).cpu().contiguous()
-            digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _training_errors(step: str, folder: Path, bar: Any) -> Iterator[None]:
-    """Errors of libraries as errors of ours, with the way out."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryExhaustedError(
-            f"{step}: memory ran out; lower micro_batch (the result stays the same), set "
-            "gradient_checkpointing, lower history or the budgets, or set quantize_4bit"
-        ) from error
-    except Exception as error:
-        if not _is_write_error(error):
-            raise
-        raise TrainingError(
-            f"{step}: cannot write to {folder}: {error}; free some space and call again, the run "
-            "goes on from its last checkpoint"
-        ) from error
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _is_write_error(error: Exception) -> bool:
-    """Whether the disk is to blame; each library has its own way of saying so."""
-    said = str(error)
-    return isinstance(error, OSError) or any(
-        words in said for words in ("No space left", "PytorchStreamWriter failed")
-    )
-
-
-@contextmanager
-def _third_party_warnings() -> Iterator[None]:
-    """Without notes of libraries about each other, which nobody here can act on."""
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks Transformers 5 for an attribute it has renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        # A head that is tuned as a whole is meant to part from the embedding that it was tied to.
-        warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True` and a tied layer")
-        # TRL 1.16 sets it by the name that Transformers 5.24 has replaced.
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-        yield

@@ -31,8 +31,9 @@ from finetune.labels import read_aspects
 from finetune.rationales import read_rationales
 from finetune.rejection import read_kept
 from finetune.rows import review_source
+from finetune.runs import is_main_process, main_process_first, prepare_run
 from finetune.settings import RatingTrainingSettings, Recipe, TrainingSettings
-from finetune.sft import Fitted, Trainee, fit, load_trainee, prepare_run, run_facts, save_adapter
+from finetune.sft import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
 from finetune.splits import read_targets
 from finetune.summaries import read_summaries
 from finetune.validation import rating_tables
@@ -247,7 +248,9 @@ def _run(
         return done
     trainee = load_trainee(recipe)
     folder = recipe.folder("runs") / plan.step
-    checkpoint = prepare_run(folder, facts, resume=resume)
+    with main_process_first(trainee.device):
+        fresh = not resume and is_main_process(trainee.device)
+        checkpoint = prepare_run(folder, facts, resume=not fresh)
     fitted = fit(
         recipe,
         plan.step,
@@ -264,7 +267,9 @@ def _run(
     def describe(out: Path) -> None:
         _describe(out, recipe, plan, trainee, fitted, facts, tables)
 
-    save_adapter(fitted, plan.out, describe)
+    if is_main_process(trainee.device):
+        save_adapter(fitted, plan.out, describe)
+    fitted.trainer.accelerator.wait_for_everyone()
     return TrainReport(
         plan.step,
         plan.out,

@@ -129,7 +129,8 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        passes = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        batch = self.args.train_batch_size * passes
         return LengthGrouped(rows["length"], batch, self.args.seed)
 
     def compute_loss(

@@ -31,7 +31,7 @@ HINT = "turned out to rate the candidate"
 
 
 def canary_reviews() -> list[dict[str, Any]]:
-    """Five users and six items; ratings from 2.61 to 3.6, words `canaryNwords`."""
+    """Five users and six items; ratings from 2.61 to 3.23, words `canaryNwords`."""
     pairs = [(user, item) for day in range(6) for user in range(5) for item in [(user + day) % 6]]
     pairs += [(0, 0), (2, 2)]  # a second review of the same item
     return [
@@ -39,7 +39,7 @@ def canary_reviews() -> list[dict[str, Any]]:
             "user_id": f"u{user}",
             "item_id": f"i{item}",
             "title": f"Album {'abcdef'[item]}",
-            "rating": round(2.61 + n * 0.03, 2),
+            "rating": round(2.61 + n * 0.02, 2),
             "timestamp": at(n // 2),  # two a day
             "review": f"So much canary{n}words in it.",
         }

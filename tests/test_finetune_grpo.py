@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -31,8 +29,9 @@ from finetune.grpo import (
 )
 from finetune.grpo_trainer import LearningGuard, build_trainer, row_order
 from finetune.rewards import nearest_value, rating_weights
+from finetune.runs import third_party_warnings
 from finetune.settings import GrpoSettings, LoraSettings, Recipe, TrainingSettings
-from finetune.sft import Trainee, _third_party_warnings, adapted, load_trainee
+from finetune.sft import Trainee, adapted, load_trainee
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.local import load_local_engine
@@ -141,7 +140,7 @@ def trained(
     rows = prompt_rows(choose_targets(late(all_reviews()), recipe), {}, trainee, recipe)
     model = trainable_reasoner(trainee, recipe.adapters / "reasoner", recipe)
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    with _third_party_warnings():
+    with third_party_warnings():
         trainer = build_trainer(
             recipe, trainee, model, rows, reward, recipe.work / "run", callbacks
         )
@@ -217,15 +216,16 @@ def test_a_planted_reward_rises(recipe: Recipe, fake: Make) -> None:
         share = sum(c in "aeiou" for c in said) / max(1, len(said))
         return [1 - share, 0, 0, 0, share]
 
-    recipe = with_settings(
-        recipe, max_steps=14, group=8, micro_batch=16, learning_rate=3e-2, save_steps=100
+    settings = {"max_steps": 14, "rows": 2, "group": 16, "micro_batch": 32, "save_steps": 100}
+    recipe = replace(
+        with_settings(recipe, learning_rate=5e-2, **settings), budgets={"rationale": 8}
     )
     judge = fake(adapters=["predictor"], rate=rate)
     targets = [replace(one, rating=5.0) for one in late(all_reviews())]
     report = run(recipe, targets=targets, reward=None, judge=judge)
     rows = [row for row in read_metrics(recipe.work / "runs/grpo/metrics.jsonl") if "reward" in row]
     errors = [row["rationale/error"] for row in rows]
-    assert sum(errors[-3:]) / 3 < sum(errors[:3]) / 3 - 0.4
+    assert sum(errors[-3:]) / 3 < sum(errors[:3]) / 3 - 0.3
     assert report.reward_after > report.reward_before
     assert report.steps == len(rows) == 14
     assert {"rationale/leaking", "rationale/faulty_form", "rationale/failed"} <= rows[0].keys()
@@ -253,8 +253,7 @@ def test_targets_and_summaries_are_those_of_the_earlier_steps(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {one.key: AspectSummary(positive=(f"liked {one.text}",)) for one in all_reviews()}
-    home = SimpleNamespace(read_summaries=lambda _: said)
-    monkeypatch.setitem(sys.modules, "finetune.summaries", home)
+    monkeypatch.setattr("finetune.grpo.read_summaries", lambda _: said)
     recipe = replace(
         with_settings(recipe, max_steps=2),
         splits=replace(recipe.splits, reward_rows=4, instruction_rows=6),
@@ -341,7 +340,7 @@ def test_training_weighs_the_probabilities_of_inference(recipe: Recipe, activate
     if activated:
         shutil.rmtree(recipe.adapters / "reasoner")
         lora = TrainingSettings(lora=LoraSettings(rank=4, activated=True))
-        with _third_party_warnings():
+        with third_party_warnings():
             fresh = adapted(load_trainee(recipe), recipe, lora, None)
             for name, parameter in fresh.named_parameters():
                 if "lora_B" in name:
@@ -350,7 +349,7 @@ def test_training_weighs_the_probabilities_of_inference(recipe: Recipe, activate
     trainee = load_trainee(recipe)
     rows = prompt_rows(choose_targets(late(all_reviews()), recipe)[:3], {}, trainee, recipe)
     model = trainable_reasoner(trainee, recipe.adapters / "reasoner", recipe).eval()
-    with _third_party_warnings():
+    with third_party_warnings():
         trainer = build_trainer(recipe, trainee, model, rows, vowels, recipe.work / "run")
     turns = [tuple(Message(t["role"], t["content"]) for t in row["prompt"]) for row in rows]
     prompts, answer = [trainee.meter.prompt(one) for one in turns], [50, 60, 70, 80]
@@ -650,7 +649,7 @@ def test_balance_reaches_the_advantages(recipe: Recipe, fake: Make) -> None:
         trainee = load_trainee(used)
         rows = prompt_rows(targets, {}, trainee, used)
         model = trainable_reasoner(trainee, used.adapters / "reasoner", used)
-        with _third_party_warnings():
+        with third_party_warnings():
             trainer = build_trainer(used, trainee, model, rows, reward, used.work / "x")
             trainer.train()
         advantages = list(trainer._logs["advantages"])

@@ -216,6 +216,10 @@ GOOD = (
         ("positive: honest lyrics; negative: none; they will like all of it.", "words of a prompt"),
         (GOOD + " Let me know if you need more.", "words of a prompt"),
         ("Sure, " + GOOD, "words of a prompt"),
+        (
+            "The person's notes on earlier things come first, and they praise honest lyrics.",
+            "words of a prompt",
+        ),
         ("?!?! ;;;; ((((( " * 12 + GOOD, "no prose"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The reasoner's rationales: for targets that it has not seen, as at inference, and for no other."""
+"""The reasoner's rationales: as at inference, for targets that it has not seen, for no other."""
 
 from __future__ import annotations
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import sft
+from finetune import runs, sft
 from finetune.callbacks import read_metrics
 from finetune.examples import Example
 from finetune.rows import soft_target
+from finetune.runs import prepare_run
 from finetune.settings import (
     LoraSettings,
     RatingLoss,
@@ -28,7 +29,7 @@ from finetune.settings import (
     Recipe,
     TrainingSettings,
 )
-from finetune.sft import Fitted, Trainee, fit, load_trainee, prepare_run, run_facts, save_adapter
+from finetune.sft import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
 from finetune.trainer import IGNORED, Collator
 from r4r_graph.engine.base import Message, RateRequest
 from r4r_graph.engine.local import load_local_engine
@@ -222,7 +223,7 @@ def test_a_saved_text_adapter_gives_the_logits_of_training(
 
     fitted, _, rows = run(tiny_base, tmp_path / "run", kind, max_steps=3)
     saved(fitted, tmp_path / "adapter")
-    with sft._third_party_warnings():
+    with runs.third_party_warnings():
         base = load_trainee(recipe_for(tiny_base)).model
         again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     ids = torch.tensor([[*rows[0].prompt, *rows[0].completion]])
@@ -447,7 +448,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (folder / "reached").exists()
-    checkpoint = sft._last_checkpoint(folder)
+    checkpoint = runs.last_checkpoint(folder)
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-2"
     resumed = saved(run(tiny_base, folder, checkpoint=checkpoint)[0], tmp_path / "b")
