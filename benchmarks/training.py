@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.examples import Example, rating_examples, reasoner_examples
 from finetune.rows import review_source, target_evidence
 from finetune.settings import LoraSettings, RatingTrainingSettings, Recipe, TrainingSettings
-from finetune.sft import Trainee, adapted, fit, load_trainee
+from finetune.sft.examples import Example, rating_examples, reasoner_examples
+from finetune.sft.fitting import Trainee, adapted, fit, load_trainee
 from r4r_graph.schema import AspectSummary
 
 SAMPLE = Path(__file__).parents[1] / "r4r_graph" / "_demo"

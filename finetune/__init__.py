@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.calibrate import calibrate_predictor
-    from finetune.grpo import train_grpo
+    from finetune.grpo.train import train_grpo
     from finetune.pipeline import run_all
     from finetune.rationales import write_rationales
     from finetune.rejection import reject
     from finetune.settings import Recipe, load_recipe, parse_recipe
-    from finetune.splits import make_splits
-    from finetune.summaries import make_summaries
-    from finetune.teacher import label_aspects
-    from finetune.train import (
+    from finetune.sft.train import (
         train_predictor,
         train_reasoner,
         train_reward,
         train_summarizer,
     )
+    from finetune.splits import make_splits
+    from finetune.summaries import make_summaries
+    from finetune.teacher import label_aspects
 
 _HOMES = {
     "Recipe": "settings",
@@ -40,11 +40,11 @@ _HOMES = {
     "parse_recipe": "settings",
     "reject": "rejection",
     "run_all": "pipeline",
-    "train_grpo": "grpo",
-    "train_predictor": "train",
-    "train_reasoner": "train",
-    "train_reward": "train",
-    "train_summarizer": "train",
+    "train_grpo": "grpo.train",
+    "train_predictor": "sft.train",
+    "train_reasoner": "sft.train",
+    "train_reward": "sft.train",
+    "train_summarizer": "sft.train",
     "write_rationales": "rationales",
 }
 

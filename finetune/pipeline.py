@@ -30,19 +30,23 @@ class Step:
         return found
 
 
+def _training(name: str, says: str) -> Step:
+    return Step(name, f"sft.train:train_{name}", f"train: {says}", trains=True)
+
+
 STEPS = (
     Step("splits", "splits:make_splits", "part the reviews by time; reward and instruction rows"),
     Step("teacher", "teacher:label_aspects", "have a teacher write aspect summaries"),
-    Step("summarizer", "train:train_summarizer", "train: review -> aspect summary", trains=True),
-    Step("check", "check:check_summarizer", "hold our summarizer against its teacher, unseen rows"),
+    _training("summarizer", "review -> aspect summary"),
+    Step("check", "sft.check:check_summarizer", "hold our summarizer against its teacher"),
     Step("summaries", "summaries:make_summaries", "our summarizer reads every history"),
-    Step("reward", "train:train_reward", "train: true review -> rating, the judge", trains=True),
+    _training("reward", "true review -> rating, the judge of rationales"),
     Step("rejection", "rejection:reject", "sample rationales, keep those that help the judge"),
-    Step("reasoner", "train:train_reasoner", "train: histories -> rationale", trains=True),
-    Step("rationales", "rationales:write_rationales", "our reasoner writes for rows unseen by it"),
-    Step("predictor", "train:train_predictor", "train: all that is known -> rating", trains=True),
-    Step("calibrate", "calibrate:calibrate_predictor", "temperature and biases on validation rows"),
-    Step("grpo", "grpo:train_grpo", "reinforce the reasoner by the predictor's error", trains=True),
+    _training("reasoner", "histories -> rationale"),
+    Step("rationales", "rationales:write_rationales", "our reasoner writes for rows new to it"),
+    _training("predictor", "histories and rationale -> rating"),
+    Step("calibrate", "calibrate:calibrate_predictor", "temperature and biases, validation rows"),
+    Step("grpo", "grpo.train:train_grpo", "reinforce the reasoner by the predictor's error", True),
 )
 """In the pipeline's order."""
 

@@ -42,7 +42,7 @@ from finetune.rows import Summaries, review_source, row_key, target_evidence
 from finetune.settings import Recipe, RejectionSettings
 from finetune.splits import by_lot, read_targets
 from finetune.summaries import ExpertEngine, finished_rows, read_summaries, refuse_all_failed
-from finetune.teacher import Teacher, open_teacher, teacher_identity
+from finetune.teacher.labelling import Teacher, open_teacher, teacher_identity
 from r4r_graph import prompts
 from r4r_graph.engine.base import Engine, Message, TokenMeter
 from r4r_graph.errors import AnswerError, EngineError, NotReadyError, SettingError

@@ -131,7 +131,7 @@ class TrainingSettings(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class RatingLoss(_Strict):
-    """Weights of the terms of a rating expert's loss; see `finetune.losses`."""
+    """Weights of the terms of a rating expert's loss; see `finetune.sft.losses`."""
 
     cross_entropy: float = 1.0
     emd: float = 0.0

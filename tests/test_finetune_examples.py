@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from finetune.examples import (
+from finetune.rows import histories, review_source, soft_target, target_evidence
+from finetune.settings import RatingTrainingSettings, Recipe
+from finetune.sft.examples import (
     Example,
     context_length,
     rating_examples,
@@ -18,8 +20,6 @@ from finetune.examples import (
     summarizer_examples,
     within_length,
 )
-from finetune.rows import histories, review_source, soft_target, target_evidence
-from finetune.settings import RatingTrainingSettings, Recipe
 from r4r_graph.engine import aspects
 from r4r_graph.engine.base import Message
 from r4r_graph.engine.tokens import HubTokenMeter

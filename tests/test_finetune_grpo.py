@@ -17,9 +17,11 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
-from finetune import grpo_trainer, splits
+from finetune import splits
 from finetune.callbacks import read_metrics
-from finetune.grpo import (
+from finetune.grpo import trainer as grpo_trainer
+from finetune.grpo.rewards import nearest_value, rating_weights
+from finetune.grpo.train import (
     GrpoReport,
     choose_targets,
     prompt_rows,
@@ -27,11 +29,10 @@ from finetune.grpo import (
     train_grpo,
     trainable_reasoner,
 )
-from finetune.grpo_trainer import LearningGuard, build_trainer, row_order
-from finetune.rewards import nearest_value, rating_weights
+from finetune.grpo.trainer import LearningGuard, build_trainer, row_order
 from finetune.runs import third_party_warnings
 from finetune.settings import GrpoSettings, LoraSettings, Recipe, TrainingSettings
-from finetune.sft import Trainee, adapted, load_trainee
+from finetune.sft.fitting import Trainee, adapted, load_trainee
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.local import load_local_engine
@@ -242,7 +243,7 @@ def test_the_judge_is_the_predictor_or_the_reward_model(
         used.append(adapters["predictor"])
         return load(base, adapters, **settings)
 
-    monkeypatch.setattr("finetune.grpo.load_local_engine", spy)
+    monkeypatch.setattr("finetune.grpo.train.load_local_engine", spy)
     recipe = with_settings(recipe, max_steps=1)
     run(recipe, reward=None)
     run(with_settings(recipe, judge="reward"), reward=None, resume=False)
@@ -253,7 +254,7 @@ def test_targets_and_summaries_are_those_of_the_earlier_steps(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {one.key: AspectSummary(positive=(f"liked {one.text}",)) for one in all_reviews()}
-    monkeypatch.setattr("finetune.grpo.read_summaries", lambda _: said)
+    monkeypatch.setattr("finetune.grpo.train.read_summaries", lambda _: said)
     recipe = replace(
         with_settings(recipe, max_steps=2),
         splits=replace(recipe.splits, reward_rows=4, instruction_rows=6),
@@ -618,7 +619,7 @@ def test_a_full_disk_leaves_no_half_adapter(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("finetune.grpo.write_card", full)
+    monkeypatch.setattr("finetune.grpo.train.write_card", full)
     with pytest.raises(TrainingError, match="space"):
         run(recipe)
     assert list((recipe.work / "grpo").iterdir()) == []

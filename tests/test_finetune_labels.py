@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.labels import (
+from finetune.settings import parse_recipe
+from finetune.teacher.labels import (
     fit_summary,
     label_digest,
     label_key,
@@ -19,7 +20,6 @@ from finetune.labels import (
     read_answer,
     read_aspects,
 )
-from finetune.settings import parse_recipe
 from r4r_graph import Review
 from r4r_graph.engine.aspects import MAX_PHRASES, format_aspects, parse_aspects
 from r4r_graph.engine.decoding import MAX_PHRASE_TOKENS

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.losses import RatingLogProbs, rating_log_probs, rating_loss
 from finetune.settings import RatingLoss
+from finetune.sft.losses import RatingLogProbs, rating_log_probs, rating_loss
 from r4r_graph.engine.decoding import RatingReadout
 from r4r_graph.ratings import RatingScale
 

@@ -18,7 +18,7 @@ from finetune.rows import review_source, target_evidence
 from finetune.settings import Recipe
 from finetune.splits import read_targets
 from finetune.summaries import make_summaries, read_summaries
-from finetune.teacher import open_teacher
+from finetune.teacher.labelling import open_teacher
 from r4r_graph.engine.base import GenerateRequest, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.fake import FakeMeter

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.rewards import (
+from finetune.grpo.rewards import (
     HEAVIEST,
     RationaleReward,
     completion_text,

@@ -98,7 +98,7 @@ def test_bad_settings_are_named(tree: dict[str, object], named: str) -> None:
 def test_bad_overrides_are_named(tmp_path: Path, override: str) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("predictor: {epochs: 2}\n", encoding="utf-8")
-    with pytest.raises(SettingError, match="override|nonsense"):
+    with pytest.raises(SettingError, match=r"override|nonsense"):
         load_recipe(file, [override], step="predictor")
 
 

@@ -17,9 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import runs, sft
+from finetune import runs
 from finetune.callbacks import read_metrics
-from finetune.examples import Example
 from finetune.rows import soft_target
 from finetune.runs import prepare_run
 from finetune.settings import (
@@ -29,8 +28,10 @@ from finetune.settings import (
     Recipe,
     TrainingSettings,
 )
-from finetune.sft import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
-from finetune.trainer import IGNORED, Collator
+from finetune.sft import fitting as sft
+from finetune.sft.examples import Example
+from finetune.sft.fitting import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
+from finetune.sft.trainer import IGNORED, Collator
 from r4r_graph.engine.base import Message, RateRequest
 from r4r_graph.engine.local import load_local_engine
 from r4r_graph.errors import (

@@ -22,20 +22,20 @@ import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 
-from finetune import providers
-from finetune.labels import label_key, read_aspects
 from finetune.rows import histories, review_source
 from finetune.settings import Recipe, TeacherSettings, parse_recipe
 from finetune.splits import make_splits, read_targets
-from finetune.teacher import (
+from finetune.teacher.labelling import (
     SCHEMA,
     Answer,
     Teacher,
     label_aspects,
     open_teacher,
+    providers,
     reviews_to_label,
     teacher_prompt,
 )
+from finetune.teacher.labels import label_key, read_aspects
 from r4r_graph import Review, fake_engine
 from r4r_graph.engine.aspects import format_aspects, parse_aspects
 from r4r_graph.engine.base import GenerateRequest, Message
@@ -324,7 +324,8 @@ def test_the_pauses_grow_and_obey_the_server(
     pauses: list[float] = []
     real = providers.pause
     monkeypatch.setattr(
-        "finetune.asking.pause", lambda state: pauses.append(real(state)) or min(pauses[-1], 0.01)
+        "finetune.teacher.asking.pause",
+        lambda state: pauses.append(real(state)) or min(pauses[-1], 0.01),
     )
     server.reply = lambda _: (500, "sorry")
     with teacher_of(server, tmp_path / "a.sqlite", attempts=6) as teacher:
@@ -554,7 +555,7 @@ def test_a_finished_job_asks_nobody_and_needs_no_key(
     recipe = recipe_of()
     first = label_aspects(recipe, meter)
     asked = len(server.bodies)
-    monkeypatch.setattr("finetune.teacher.open_teacher", None)
+    monkeypatch.setattr("finetune.teacher.labelling.open_teacher", None)
     again = label_aspects(recipe, meter)
     assert (again.rows, again.reused, again.failed) == (first.rows, first.rows, 0)
     assert len(server.bodies) == asked
@@ -957,7 +958,7 @@ def test_the_prompt_shows_one_review_and_nothing_else() -> None:
 
 def test_an_example_is_no_answer_of_a_parrot() -> None:
     """The task's own lines, repeated, are no three labelled lists: they stand there twice."""
-    from finetune.labels import read_answer
+    from finetune.teacher.labels import read_answer
 
     review = Review("u", "i", 3, 1.0, "T", "Words.")
     task = teacher_prompt(review, "", RatingScale(), FakeMeter(), TokenBudgets())[2]

@@ -2,8 +2,8 @@
 
     report = label_aspects(recipe)
 
-Any LangChain chat model can be the teacher, a server's or our own base model; `finetune.asking`
-asks it, `finetune.labels` reads what came of it.
+Any LangChain chat model can be the teacher, a server's or our own base model; `asking` asks it,
+`labels` reads what came of it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.answers import Answer, TokensSpent
-from finetune.asking import Teacher, open_teacher, teacher_identity
-from finetune.labels import fit_summary, label_key, read_answer, read_aspects
 from finetune.rows import review_source, reviews_to_summarize
 from finetune.settings import Recipe
 from finetune.splits import by_lot, read_targets
+from finetune.teacher.answers import Answer, TokensSpent
+from finetune.teacher.asking import Teacher, open_teacher, teacher_identity
+from finetune.teacher.labels import fit_summary, label_key, read_answer, read_aspects
 from r4r_graph import prompts
 from r4r_graph.engine.aspects import SECTIONS
 from r4r_graph.engine.base import Engine, Message, TokenMeter

@@ -19,7 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.card import CardFacts, write_card
-from finetune.examples import (
+from finetune.rationales import read_rationales
+from finetune.rejection import read_kept
+from finetune.rows import review_source
+from finetune.runs import is_main_process, main_process_first, prepare_run
+from finetune.settings import RatingTrainingSettings, Recipe, TrainingSettings
+from finetune.sft.examples import (
     Example,
     rating_examples,
     reasoner_examples,
@@ -27,16 +32,11 @@ from finetune.examples import (
     summarizer_examples,
     within_length,
 )
-from finetune.labels import read_aspects
-from finetune.rationales import read_rationales
-from finetune.rejection import read_kept
-from finetune.rows import review_source
-from finetune.runs import is_main_process, main_process_first, prepare_run
-from finetune.settings import RatingTrainingSettings, Recipe, TrainingSettings
-from finetune.sft import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
+from finetune.sft.fitting import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
+from finetune.sft.validation import rating_tables
 from finetune.splits import read_targets
 from finetune.summaries import read_summaries
-from finetune.validation import rating_tables
+from finetune.teacher.labels import read_aspects
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.engine.weights import find_base, load_tokenizer
 from r4r_graph.errors import DataError, SettingError
@@ -86,7 +86,7 @@ def train_summarizer(recipe: Recipe, *, resume: bool = True, quiet: bool = False
 
     Raises:
         NotReadyError: no labels or splits yet.
-        TrainingError, DataError: see `finetune.sft.fit`.
+        TrainingError, DataError: see `finetune.sft.fitting.fit`.
     """
     return _run(recipe, _plan_summarizer, resume=resume, quiet=quiet)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from finetune.settings import Recipe
-from finetune.train import labelled_reviews
+from finetune.sft.train import labelled_reviews
 from r4r_graph.caches import write_atomically
 from r4r_graph.engine.aspects import parse_aspects
 from r4r_graph.engine.base import Engine, GenerateRequest

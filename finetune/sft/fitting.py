@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.examples import Example
 from finetune.runs import (
     is_write_error,
     process_count,
@@ -27,6 +26,7 @@ from finetune.runs import (
     weights_digest,
 )
 from finetune.settings import LoraSettings, RatingTrainingSettings, Recipe, TrainingSettings
+from finetune.sft.examples import Example
 from r4r_graph.caches import write_atomically
 from r4r_graph.engine.decoding import Grammars, RatingReadout
 from r4r_graph.engine.model_files import read_json
@@ -175,7 +175,7 @@ def fit(
     from transformers import PrinterCallback
 
     from finetune.callbacks import MetricsFile, ProgressBar
-    from finetune.trainer import Collator, ExpertTrainer
+    from finetune.sft.trainer import Collator, ExpertTrainer
 
     rates = isinstance(settings, RatingTrainingSettings)
     readout = None

@@ -21,8 +21,9 @@ from typing import Any, Self
 import tenacity
 from langchain_core.language_models import BaseChatModel
 
-from finetune.answers import Answer, AnswersFile, TokenBudget, TokensSpent
-from finetune.providers import (
+from finetune.settings import Recipe, TeacherSettings
+from finetune.teacher.answers import Answer, AnswersFile, TokenBudget, TokensSpent
+from finetune.teacher.providers import (
     ENGINE,
     answer_in,
     chat_turns,
@@ -36,7 +37,6 @@ from finetune.providers import (
     reason_of,
     unreachable,
 )
-from finetune.settings import Recipe, TeacherSettings
 from r4r_graph.engine.base import Engine, Message
 from r4r_graph.engine.chat import EngineChatModel
 from r4r_graph.errors import AnswerError, SettingError, TeacherError

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.labels import fit_summary
 from finetune.rows import Summaries, soft_target, target_evidence
 from finetune.settings import RatingTrainingSettings, Recipe
+from finetune.teacher.labels import fit_summary
 from r4r_graph.engine.aspects import format_aspects
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.errors import DataError

@@ -16,8 +16,8 @@ import tenacity
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
-from finetune.answers import Answer
 from finetune.settings import TeacherSettings
+from finetune.teacher.answers import Answer
 from r4r_graph.engine.base import Message
 from r4r_graph.errors import (
     EngineError,
@@ -37,7 +37,7 @@ _OVERHEAD = 128  # tokens that a chat template may add to a prompt
 
 
 def provider_model(settings: TeacherSettings) -> BaseChatModel:
-    """The chat model that the settings name; see `finetune.asking.open_teacher`."""
+    """The chat model that the settings name; see `finetune.teacher.asking.open_teacher`."""
     provider, colon, name = settings.model.partition(":")
     options: dict[str, Any] = {"max_retries": 0, "timeout": _CALL_SECONDS}  # retries are ours
     if settings.base_url is not None:

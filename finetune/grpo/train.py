@@ -3,11 +3,11 @@
     report = train_grpo(recipe)
 
 Group relative policy optimization (arXiv 2402.03300) by TRL: for each prompt a group of rationales
-is drawn, each earns its reward (`finetune.rewards`), and what lies above its group's mean is made
-likelier. Training goes on from the reasoner in `work/adapters/reasoner`, which stays as it is; the
+is drawn, each earns its reward (`rewards`), and what lies above its group's mean is made likelier.
+Training goes on from the reasoner in `work/adapters/reasoner`, which stays as it is; the
 result is `work/grpo/reasoner`, an adapter like any other.
 
-The trainer itself, and where it departs from TRL's, is in `finetune.grpo_trainer`.
+The trainer itself, and where it departs from TRL's, is in `finetune.grpo.trainer`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.card import CardFacts, write_card
+from finetune.grpo.rewards import RationaleReward, rating_weights
 from finetune.leaks import screens_digest
-from finetune.rewards import RationaleReward, rating_weights
 from finetune.rows import Summaries, review_source, row_key, target_evidence
 from finetune.runs import prepare_run, third_party_warnings, training_errors, weights_digest
 from finetune.settings import GrpoSettings, Recipe
-from finetune.sft import Fitted, Trainee, load_trainee, save_adapter
+from finetune.sft.fitting import Fitted, Trainee, load_trainee, save_adapter
 from finetune.splits import by_lot, read_targets
 from finetune.summaries import read_summaries
 from r4r_graph.engine.adapters import Adapter, check_adapter, find_adapters
@@ -273,7 +273,7 @@ def _fit(
 ) -> Fitted:
     """Train, from the beginning or from a checkpoint."""
     from finetune.callbacks import MetricsFile, ProgressBar, read_metrics
-    from finetune.grpo_trainer import build_trainer
+    from finetune.grpo.trainer import build_trainer
 
     bar = None if quiet else ProgressBar("grpo")
     log = folder / "metrics.jsonl"

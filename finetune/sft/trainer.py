@@ -20,9 +20,9 @@ from torch.utils.data import Sampler
 from transformers import DynamicCache, trainer_pt_utils
 from trl import SFTTrainer
 
-from finetune.examples import context_length
-from finetune.losses import rating_log_probs, rating_loss
 from finetune.settings import RatingLoss
+from finetune.sft.examples import context_length
+from finetune.sft.losses import rating_log_probs, rating_loss
 from r4r_graph.engine.decoding import RatingReadout
 from r4r_graph.errors import DivergedError
 

@@ -1,4 +1,4 @@
-"""The trainer of `finetune.grpo`: TRL's `GRPOTrainer`, set up for the reasoner.
+"""The trainer of `finetune.grpo.train`: TRL's `GRPOTrainer`, set up for the reasoner.
 
 Two choices are ours. The loss is TRL's default (`dapo`), a mean over all tokens of the step: a mean
 over each rationale's own tokens favours long failures. Rewards are divided by their spread within
@@ -27,7 +27,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from finetune.settings import GrpoSettings, Recipe
-from finetune.sft import Trainee
+from finetune.sft.fitting import Trainee
 from r4r_graph.errors import DivergedError, TrainingError
 
 
@@ -113,7 +113,7 @@ def build_trainer(
         recipe: see `GrpoSettings`; seed and rationale budget besides.
         trainee: the base model, for its tokenizer and device.
         model: its trainable `PeftModel`, whose adapter is called `default`.
-        rows: of `finetune.grpo.prompt_rows`.
+        rows: of `finetune.grpo.train.prompt_rows`.
         reward: as TRL calls it.
         folder: for checkpoints and logs.
         callbacks: besides the guard's.
