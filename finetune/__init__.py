@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from finetune.grpo.train import train_grpo
     from finetune.pipeline import run_all
     from finetune.rationales import write_rationales
-    from finetune.rejection import reject
+    from finetune.rejection.sampling import reject
     from finetune.settings import Recipe, load_recipe, parse_recipe
     from finetune.sft.train import (
         train_predictor,
@@ -38,7 +38,7 @@ _HOMES = {
     "make_splits": "splits",
     "make_summaries": "summaries",
     "parse_recipe": "settings",
-    "reject": "rejection",
+    "reject": "rejection.sampling",
     "run_all": "pipeline",
     "train_grpo": "grpo.train",
     "train_predictor": "sft.train",

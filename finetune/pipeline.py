@@ -41,7 +41,11 @@ STEPS = (
     Step("check", "sft.check:check_summarizer", "hold our summarizer against its teacher"),
     Step("summaries", "summaries:make_summaries", "our summarizer reads every history"),
     _training("reward", "true review -> rating, the judge of rationales"),
-    Step("rejection", "rejection:reject", "sample rationales, keep those that help the judge"),
+    Step(
+        "rejection",
+        "rejection.sampling:reject",
+        "sample rationales, keep those that help the judge",
+    ),
     _training("reasoner", "histories -> rationale"),
     Step("rationales", "rationales:write_rationales", "our reasoner writes for rows new to it"),
     _training("predictor", "histories and rationale -> rating"),

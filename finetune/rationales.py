@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.leaks import form_faults, leaks
+from finetune.rejection.leaks import form_faults, leaks
 from finetune.rows import review_source, row_key, target_evidence
 from finetune.settings import Recipe
 from finetune.splits import by_lot, read_targets
@@ -68,7 +68,7 @@ class RationalesReport:
     failed: int
     """Rows without a rationale, of this run and earlier ones."""
     leaking: int
-    """Rationales that give a rating away (`finetune.leaks`)."""
+    """Rationales that give a rating away (`finetune.rejection.leaks`)."""
     malformed: int
     """Rationales with faults of form: a sign of how well the reasoner is trained."""
     seconds: float

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.candidates import rank_candidates
-from finetune.kept import KEPT_SCHEMA, read_kept
-from finetune.rejection import reject
+from finetune.rejection.candidates import rank_candidates
+from finetune.rejection.kept import KEPT_SCHEMA, read_kept
+from finetune.rejection.sampling import reject
 from finetune.settings import Recipe, parse_recipe
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.fake import FakeMeter

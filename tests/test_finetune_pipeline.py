@@ -14,11 +14,11 @@ import torch
 import yaml
 
 import finetune
-from finetune import rejection
 from finetune.pipeline import STEPS, run_all
+from finetune.rejection import sampling as rejection
 from finetune.settings import Recipe, load_recipe, parse_recipe, recipe_tree
 from finetune.sft import train
-from finetune.teacher.labelling import Teacher
+from finetune.teacher import Teacher
 from r4r_graph.engine import EngineChatModel, fake_engine
 from r4r_graph.errors import NotReadyError, SettingError
 from r4r_graph.prompts import prompt_info

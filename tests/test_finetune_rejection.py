@@ -12,13 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from finetune.kept import KEPT_SCHEMA, RejectionReport, Survivors, read_kept
-from finetune.rejection import SAMPLES_SCHEMA, hinted_prompt, reject, sample_rationales
+from finetune.rejection.kept import KEPT_SCHEMA, RejectionReport, Survivors, read_kept
+from finetune.rejection.sampling import SAMPLES_SCHEMA, hinted_prompt, reject, sample_rationales
 from finetune.rows import review_source, target_evidence
 from finetune.settings import Recipe
 from finetune.splits import read_targets
 from finetune.summaries import make_summaries, read_summaries
-from finetune.teacher.labelling import open_teacher
+from finetune.teacher import open_teacher
 from r4r_graph.engine.base import GenerateRequest, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.fake import FakeMeter

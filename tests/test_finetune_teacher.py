@@ -25,16 +25,8 @@ from langchain_core.messages import AIMessage
 from finetune.rows import histories, review_source
 from finetune.settings import Recipe, TeacherSettings, parse_recipe
 from finetune.splits import make_splits, read_targets
-from finetune.teacher.labelling import (
-    SCHEMA,
-    Answer,
-    Teacher,
-    label_aspects,
-    open_teacher,
-    providers,
-    reviews_to_label,
-    teacher_prompt,
-)
+from finetune.teacher import Answer, Teacher, label_aspects, open_teacher, providers
+from finetune.teacher.labelling import SCHEMA, reviews_to_label, teacher_prompt
 from finetune.teacher.labels import label_key, read_aspects
 from r4r_graph import Review, fake_engine
 from r4r_graph.engine.aspects import format_aspects, parse_aspects

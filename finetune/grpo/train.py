@@ -22,7 +22,7 @@ from typing import Any
 
 from finetune.card import CardFacts, write_card
 from finetune.grpo.rewards import RationaleReward, rating_weights
-from finetune.leaks import screens_digest
+from finetune.rejection.leaks import screens_digest
 from finetune.rows import Summaries, review_source, row_key, target_evidence
 from finetune.runs import prepare_run, third_party_warnings, training_errors, weights_digest
 from finetune.settings import GrpoSettings, Recipe
@@ -30,10 +30,9 @@ from finetune.sft.fitting import Fitted, Trainee, load_trainee, save_adapter
 from finetune.splits import by_lot, read_targets
 from finetune.summaries import read_summaries
 from r4r_graph.engine.adapters import Adapter, check_adapter, find_adapters
-from r4r_graph.engine.base import Engine, Message
+from r4r_graph.engine.base import Engine
 from r4r_graph.engine.local import load_local_engine
 from r4r_graph.engine.model_files import read_json
-from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.engine.weights import BaseModel
 from r4r_graph.errors import (
     DataError,
@@ -202,20 +201,13 @@ def prompt_rows(
             )
         rows.append(
             {
-                "prompt": conversation(messages, meter),
+                "prompt": meter.turns(messages),
                 "evidence": json.dumps(evidence.to_dict(), ensure_ascii=False),
                 "rating": float(target.rating),
                 **row_key(target),
             }
         )
     return rows
-
-
-def conversation(messages: Sequence[Message], meter: HubTokenMeter) -> list[dict[str, str]]:
-    """The turns in the shape in which the meter hands them to the chat template."""
-    shape = meter._shape
-    assert shape is not None
-    return shape(messages)
 
 
 def rationale_reward(

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from finetune.card import CardFacts, write_card
 from finetune.rationales import read_rationales
-from finetune.rejection import read_kept
+from finetune.rejection.kept import read_kept
 from finetune.rows import review_source
 from finetune.runs import is_main_process, main_process_first, prepare_run
 from finetune.settings import RatingTrainingSettings, Recipe, TrainingSettings

@@ -271,6 +271,9 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
             self._total_train_tokens += int(self.accelerator.gather_for_metrics(sum(seen)).sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
+    def _send_telemetry(self) -> None:
+        """Nobody is told what is trained here."""
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None for checkpoints: the finished adapter has a card of ours."""
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from finetune.rows import review_source, reviews_to_summarize
 from finetune.settings import Recipe
 from finetune.splits import by_lot, read_targets
-from finetune.teacher.answers import Answer, TokensSpent
+from finetune.teacher.answers import TokensSpent
 from finetune.teacher.asking import Teacher, open_teacher, teacher_identity
 from finetune.teacher.labels import fit_summary, label_key, read_answer, read_aspects
 from r4r_graph import prompts
@@ -42,19 +42,6 @@ from r4r_graph.jobs import (
 )
 from r4r_graph.ratings import RatingScale
 from r4r_graph.schema import AspectSummary, Review, plain_number
-
-__all__ = [
-    "SCHEMA",
-    "Answer",
-    "Teacher",
-    "TeacherReport",
-    "TokensSpent",
-    "label_aspects",
-    "open_teacher",
-    "reviews_to_label",
-    "teacher_identity",
-    "teacher_prompt",
-]
 
 SCHEMA = pa.schema(
     [

@@ -51,13 +51,19 @@ class HubTokenMeter:
                 return text[:end]
         return ""
 
+    def turns(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """The messages as this chat template takes them: some refuse a system turn, some two user
+        turns in a row."""
+        assert self._shape is not None
+        return self._shape(messages)
+
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a whole prompt, up to where the answer begins. The template writes the
         only beginning-of-sequence token there is."""
-        assert self._shape is not None
+        turns = self.turns(messages)
         with self._lock:
             encoded = self._tokenizer.apply_chat_template(
-                self._shape(messages),
+                turns,
                 tokenize=True,
                 return_dict=True,
                 add_generation_prompt=True,

@@ -15,7 +15,7 @@ With `tau` above 0, rationales are also kept that make the rating worse by less 
 only those that make it better; below 0, better by more than that. The paper starts where about half
 of the candidates survive: `RejectionReport.median_change` says where that is.
 
-Candidates that someone else has drawn and judged are ranked instead; see `finetune.candidates`.
+Candidates that someone else has drawn and judged are ranked instead; see `candidates`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.candidates import rank_candidates
-from finetune.judging import Candidate, Judge, screened
-from finetune.kept import (
+from finetune.rationales import digest_summaries
+from finetune.rejection.candidates import rank_candidates
+from finetune.rejection.judging import Candidate, Judge, screened
+from finetune.rejection.kept import (
     SAMPLES_SCHEMA,
     RejectionReport,
     kept_of,
@@ -36,13 +37,12 @@ from finetune.kept import (
     sampling_report,
     write_kept,
 )
-from finetune.leaks import screens_digest
-from finetune.rationales import digest_summaries
+from finetune.rejection.leaks import screens_digest
 from finetune.rows import Summaries, review_source, row_key, target_evidence
 from finetune.settings import Recipe, RejectionSettings
 from finetune.splits import by_lot, read_targets
 from finetune.summaries import ExpertEngine, finished_rows, read_summaries, refuse_all_failed
-from finetune.teacher.labelling import Teacher, open_teacher, teacher_identity
+from finetune.teacher import Teacher, open_teacher, teacher_identity
 from r4r_graph import prompts
 from r4r_graph.engine.base import Engine, Message, TokenMeter
 from r4r_graph.errors import AnswerError, EngineError, NotReadyError, SettingError

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.leaks import form_faults, leaks
+from finetune.rejection.leaks import form_faults, leaks
 from finetune.settings import Recipe
 from r4r_graph.engine.base import TokenMeter
 from r4r_graph.evidence import Evidence

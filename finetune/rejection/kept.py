@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.judging import Candidate
+from finetune.rejection.judging import Candidate
 from finetune.settings import Recipe
 from r4r_graph.caches import write_atomically
 from r4r_graph.errors import DataError, NotReadyError

@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from finetune.judging import Candidate, screened
-from finetune.kept import (
+from finetune.rejection.judging import Candidate, screened
+from finetune.rejection.kept import (
     KEPT_SCHEMA,
     RejectionReport,
     Survivors,
@@ -31,7 +31,7 @@ from finetune.kept import (
     survivors,
     write_kept,
 )
-from finetune.leaks import screens_digest
+from finetune.rejection.leaks import screens_digest
 from finetune.settings import Recipe
 from r4r_graph.engine.base import TokenMeter
 from r4r_graph.engine.model_files import file_digest
