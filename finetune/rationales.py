@@ -20,11 +20,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetune.engines import ExpertEngine, finished_rows, refuse_all_failed
 from finetune.rejection.leaks import form_faults, leaks
 from finetune.rows import review_source, row_key, target_evidence
 from finetune.settings import Recipe
 from finetune.splits import by_lot, read_targets
-from finetune.summaries import ExpertEngine, finished_rows, read_summaries, refuse_all_failed
+from finetune.summaries import read_summaries
 from r4r_graph.engine.base import Engine
 from r4r_graph.errors import DataError, EngineError
 from r4r_graph.experts import Experts

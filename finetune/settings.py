@@ -305,7 +305,7 @@ def load_recipe(
     """A recipe from a YAML file.
 
     Args:
-        path: the file.
+        path: the file, or the name of a recipe that comes with the package (`smollm2-cpu`).
         overrides: `key=value`, the value in YAML. A key is a path from the top
             (`predictor.lora.rank=8`); where the top has no such key, from the section of `step`
             (`lora.rank=8`).
@@ -314,8 +314,10 @@ def load_recipe(
     Raises:
         SettingError: the file cannot be read, or a key or value is not allowed; it names it.
     """
+    shipped = Path(__file__).parent / "recipes" / f"{os.fspath(path)}.yaml"
+    file = shipped if shipped.is_file() else Path(path)
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingError(f"cannot read the recipe {path}: {error}") from None
     if not isinstance(tree, dict):

@@ -29,6 +29,10 @@ def test_every_shipped_recipe_parses_and_starts_with_a_command_that_exists(path:
     assert planned(recipe)
 
 
+def test_a_shipped_recipe_goes_by_its_name() -> None:
+    assert load_recipe("smollm2-cpu") == load_recipe(RECIPES[0].with_name("smollm2-cpu.yaml"))
+
+
 def test_the_four_recipes_are_there() -> None:
     names = {path.stem for path in RECIPES}
     assert names >= {"smollm2-cpu", "smollm2-gpu", "llama3-8b-qlora", "qwen3-0.6b"}

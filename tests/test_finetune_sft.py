@@ -336,7 +336,7 @@ def test_metrics_are_a_line_a_log_also_after_a_resume(tiny_base: Path, tmp_path:
 def test_a_loss_that_is_no_number_ends_the_run(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import trainer
+    from finetune.sft import trainer
 
     monkeypatch.setattr(trainer, "rating_loss", lambda read, *_: (read.raw.sum(1) * torch.nan, {}))
     with pytest.raises(DivergedError, match="step 1; lower learning_rate"):
@@ -346,7 +346,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
 def test_memory_that_runs_out_names_the_setting(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import trainer
+    from finetune.sft import trainer
 
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -471,6 +471,11 @@ def test_a_scale_of_two_token_ratings_trains(tiny_base: Path, tmp_path: Path) ->
     assert read.shape == (4, 11)
     assert (read[:, 9] > 0.8).all()
     assert torch.allclose(read[:, :-1].sum(1), torch.ones(4))
+
+
+def test_it_reports_to_tensorboard_where_asked(tiny_base: Path, tmp_path: Path) -> None:
+    run(tiny_base, tmp_path / "run", report_to="tensorboard", max_steps=2)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
 def test_loading_the_trainer_takes_no_network(tiny_base: Path, tmp_path: Path) -> None:

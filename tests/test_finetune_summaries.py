@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from finetune.engines import ExpertEngine
 from finetune.rows import histories, review_source
 from finetune.splits import read_targets
-from finetune.summaries import SCHEMA, SPLITS, ExpertEngine, make_summaries, read_summaries
+from finetune.summaries import SCHEMA, SPLITS, make_summaries, read_summaries
 from r4r_graph.caches import open_summary_store
 from r4r_graph.engine.base import GenerateRequest
 from r4r_graph.engine.batching import BatchingEngine

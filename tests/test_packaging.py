@@ -32,7 +32,12 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     templates = {path.name for path in (ROOT / "prompts").glob("*.jinja")}
     packed = {n.split("/")[-1] for n in names if n.startswith("r4r_graph/_prompts/")}
     assert packed == templates
-    for needed in ("r4r_graph/py.typed", "r4r_graph/_demo/reviews.jsonl", "finetune/__init__.py"):
+    for needed in (
+        "r4r_graph/py.typed",
+        "r4r_graph/_demo/reviews.jsonl",
+        "finetune/__init__.py",
+        "finetune/recipes/smollm2-cpu.yaml",
+    ):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -57,6 +62,21 @@ def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert 1 <= float(done.stdout) <= 5
+
+
+def test_nothing_pickled_is_read_and_no_remote_code_is_run() -> None:
+    """A habit of this field's public code; a pickle runs whatever it holds."""
+    banned = (
+        "import pickle",
+        "pickle.load",
+        "read_pickle",
+        "torch.load(",
+        "trust_remote_code=True",
+    )
+    for package in ("r4r_graph", "finetune", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not [word for word in banned if word in text], path
 
 
 def test_versions_agree() -> None:

@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.engines import ExpertEngine, finished_rows, refuse_all_failed
 from finetune.rationales import digest_summaries
 from finetune.rejection.candidates import rank_candidates
 from finetune.rejection.judging import Candidate, Judge, screened
@@ -41,7 +42,7 @@ from finetune.rejection.leaks import screens_digest
 from finetune.rows import Summaries, review_source, row_key, target_evidence
 from finetune.settings import Recipe, RejectionSettings
 from finetune.splits import by_lot, read_targets
-from finetune.summaries import ExpertEngine, finished_rows, read_summaries, refuse_all_failed
+from finetune.summaries import read_summaries
 from finetune.teacher import Teacher, open_teacher, teacher_identity
 from r4r_graph import prompts
 from r4r_graph.engine.base import Engine, Message, TokenMeter

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from finetune.engines import ExpertEngine
 from finetune.settings import Recipe
 from finetune.sft.train import labelled_reviews
 from r4r_graph.caches import write_atomically
@@ -27,7 +28,6 @@ from r4r_graph.evaluation import Estimate, bootstrap, mean
 from r4r_graph.evaluation.words import phrase_overlap
 from r4r_graph.experts import summarizer_prompt
 from r4r_graph.jobs import Columns, OnProgress, digest_rows, read_job, run_job
-from r4r_graph.prompts import prompt_digests
 from r4r_graph.schema import AspectSummary, Review
 
 SCHEMA = pa.schema([("key", pa.string()), ("text", pa.string()), ("error", pa.string())])
@@ -65,8 +65,6 @@ def check_summarizer(
     Raises:
         NotReadyError: no summarizer is trained yet, or nothing was held out.
     """
-    from r4r_graph.engine.local import load_local_engine
-
     folder = recipe.adapters / "summarizer"
     if engine is None and not folder.is_dir():
         raise NotReadyError(f"{folder} is not there yet; run: python -m finetune summarizer")
@@ -76,22 +74,11 @@ def check_summarizer(
         raise NotReadyError("no labelled reviews were held out; raise summarizer.validation_rows")
     teacher = [summary for _, _, summary in rows]
     found = [_floor(teacher, recipe.seed)]
-    if engine is None:
-        engine, _ = load_local_engine(
-            recipe.base,
-            {"summarizer": folder},
-            device=recipe.device,
-            dtype=recipe.dtype,
-            quantize_4bit=recipe.quantize_4bit,
-            prompts=prompt_digests(),
-        )
-    try:
+    with ExpertEngine(recipe, "summarizer", folder, engine) as own:
         for adapter in (None, "summarizer"):
             for form in ("free", "in format"):
-                texts = _write(recipe, rows, engine, adapter, form, on_progress)
+                texts = _write(recipe, rows, own.engine, adapter, form, on_progress)
                 found.append(_scores(adapter, form, texts, teacher, recipe.seed))
-    finally:
-        engine.close()
     report = CheckReport(tuple(found))
     out = recipe.folder("runs") / "check" / "report.json"
     write_atomically(out, json.dumps(asdict(report), indent=2))
