@@ -34,7 +34,7 @@ from finetune.sft.examples import (
 )
 from finetune.sft.fitting import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
 from finetune.sft.validation import rating_tables
-from finetune.splits import read_targets
+from finetune.splits import by_lot, read_targets
 from finetune.summaries import read_summaries
 from finetune.teacher.labels import read_aspects
 from r4r_graph.engine.tokens import HubTokenMeter
@@ -154,8 +154,8 @@ def _plan_summarizer(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
 def _plan_reward(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
     settings = recipe.reward
     source, summaries = review_source(recipe), read_summaries(recipe)
-    targets = read_targets(recipe, "train", "reward")[: settings.rows]
-    checks = read_targets(recipe, "validation")[: settings.validation_rows]
+    targets = _drawn(read_targets(recipe, "train", "reward"), settings.rows, recipe)
+    checks = _drawn(read_targets(recipe, "validation"), settings.validation_rows, recipe)
     examples = reward_examples(targets, source, summaries, meter, recipe, settings)
     train, left_out = _fitting(examples, settings)
     validation = list(reward_examples(checks, source, summaries, meter, recipe, settings))
@@ -175,6 +175,7 @@ def _plan_reward(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
 def _plan_reasoner(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
     settings = recipe.reasoner
     kept = read_kept(recipe)
+    random.Random(recipe.seed).shuffle(kept)
     held_out = min(settings.validation_rows, len(kept) // 5)
     learned = kept[held_out:][: settings.rows]
     train, left_out = _fitting(reasoner_examples(learned, meter), settings)
@@ -209,8 +210,8 @@ def _plan_predictor(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
         check_rationales = read_rationales(recipe, "validation")
         targets = [t for t in targets if _key(t) in rationales]
         checks = [t for t in checks if _key(t) in check_rationales]
-    targets = targets[: settings.rows] if settings.rows else targets
-    checks = checks[: settings.validation_rows]
+    targets = _drawn(targets, settings.rows, recipe)
+    checks = _drawn(checks, settings.validation_rows, recipe)
     examples = rating_examples(targets, rationales, source, summaries, meter, recipe, settings)
     train, left_out = _fitting(examples, settings)
     # Checked as it will be asked: with everything it may be shown.
@@ -360,6 +361,11 @@ def _describe(
 def _fitting(examples: Any, settings: TrainingSettings) -> tuple[list[Example], int]:
     kept, left_out = within_length(examples, settings.max_length, settings.max_left_out)
     return kept[: settings.rows], left_out
+
+
+def _drawn(targets: list[Review], count: int | None, recipe: Recipe) -> list[Review]:
+    """So many of the targets, by lot: the first ones would be the oldest."""
+    return by_lot(targets, recipe.seed, "sft")[:count]
 
 
 def _without_dropout(
