@@ -28,7 +28,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="The recipe: a YAML file, or a shipped one by its name.")]
+ConfigOption = Annotated[
+    Path, typer.Option("--config", help="The recipe: a YAML file, or a shipped one's name.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key=value, e.g. epochs=2 or predictor.lora.rank=8", metavar="KEY=VALUE"),

@@ -20,6 +20,7 @@ from r4r_graph.evidence import Evidence, fit_evidence
 from r4r_graph.graph.outcome import evidence_of
 from r4r_graph.graph.recall import recall
 from r4r_graph.graph.state import Knobs
+from r4r_graph.ratings import RatingScale
 from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
 from r4r_graph.schema import AspectSummary, Review
 
@@ -28,9 +29,10 @@ Summaries = Mapping[str, AspectSummary]
 
 
 @lru_cache(maxsize=2)
-def _load(reviews: Path, items: Path | None, scale: str) -> TableReviewSource:
-    from r4r_graph.ratings import RatingScale
-
+def _load(
+    reviews: Path, items: Path | None, scale: str, stamps: tuple[int, ...]
+) -> TableReviewSource:
+    """`stamps` are the files' times of change: what was written anew is read anew."""
     catalogue = load_items(items) if items is not None else None
     return load_reviews(reviews, scale=RatingScale.parse(scale), items=catalogue)
 
@@ -41,7 +43,9 @@ def review_source(recipe: Recipe) -> TableReviewSource:
     Raises:
         DataError: they cannot be read; it names the file.
     """
-    return _load(recipe.reviews, recipe.items, recipe.scale)
+    files = [path for path in (recipe.reviews, recipe.items) if path is not None]
+    stamps = tuple(path.stat().st_mtime_ns for path in files if path.exists())
+    return _load(recipe.reviews, recipe.items, recipe.scale, stamps)
 
 
 def histories(target: Review, source: ReviewSource, recipe: Recipe) -> list[tuple[Review, str]]:

@@ -253,7 +253,7 @@ def test_the_command_runs_a_step_and_names_what_is_wrong(tmp_path: Path, tiny_ba
     shown = call("--help").stdout
     for step in STEPS:
         assert step.name in shown
-    made = call("splits", "--config", str(config), "validation=0.2")
+    made = call("splits", "--config", str(config), "validation=0.15")
     assert made.returncode == 0, made.stderr
     report = json.loads(made.stdout)
     assert report["step"] == "splits"

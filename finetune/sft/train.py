@@ -168,6 +168,7 @@ def _plan_reward(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
         validation,
         left_out,
         _data(targets, summaries),
+        row_keys=[_key(t) for t in targets],
         targets=checks,
     )
 
