@@ -29,7 +29,7 @@ from finetune.settings import LoraSettings, RatingTrainingSettings, Recipe, Trai
 from finetune.sft.examples import Example
 from r4r_graph.caches import write_atomically
 from r4r_graph.engine.decoding import Grammars, RatingReadout
-from r4r_graph.engine.model_files import read_json
+from r4r_graph.engine.model_files import first_line, read_json
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.engine.weights import BaseModel, find_base, load_model
 from r4r_graph.errors import (
@@ -247,7 +247,13 @@ def adapted(
     )
     with torch.random.fork_rng(devices=[]), third_party_warnings():
         torch.manual_seed(recipe.seed)
-        adapted_model = get_peft_model(model, config)
+        try:
+            adapted_model = get_peft_model(model, config)
+        except ValueError as error:  # no such modules in this architecture
+            raise SettingError(
+                f"cannot adapt {trainee.base.name} with lora.targets={lora.targets}: "
+                f"{first_line(error)}"
+            ) from error
     if not any(p.requires_grad for p in adapted_model.parameters()):
         raise TrainingError(f"no trainable parameter in {trainee.base.name} with {lora}")
     return adapted_model

@@ -227,7 +227,7 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
         peft_model = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), peft_model.disable_adapter():
             # The body alone: nothing reads the context's logits.
-            body = self._base_model().model
+            body = self._base_model().base_model
             cache = DynamicCache(config=body.config)
             body(
                 input_ids=ids,
