@@ -9,7 +9,6 @@ it does not, the identity is stored.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from finetune.engines import ExpertEngine
 from finetune.rationales import read_rationales
 from finetune.rows import review_source, row_key, target_evidence
 from finetune.settings import Recipe
@@ -55,8 +55,6 @@ from r4r_graph.experts import Predictor
 from r4r_graph.jobs import Columns, OnProgress, digest_rows, read_job, run_job
 from r4r_graph.prompts import prompt_digests
 from r4r_graph.schema import AspectSummary, Review
-
-_log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[str, str, float]
@@ -273,14 +271,8 @@ def _distributions(
         shutil.rmtree(out, ignore_errors=True)
     found = _read(out) if out.is_dir() else []
     if len(found) < len(rows.targets):
-        opened = _load_engine(recipe, folder) if engine is None else None
-        used = opened if engine is None else engine
-        assert used is not None
-        try:
-            _rate(recipe, rows, used, out, manifest, on_progress)
-        finally:
-            if opened is not None:
-                opened.close()
+        with ExpertEngine(recipe, "predictor", folder, engine) as expert:
+            _rate(recipe, rows, expert.engine, out, manifest, on_progress)
         found = _read(out)
     probabilities = np.full((len(found), len(recipe.rating_scale.values)), np.nan)
     for at, row in enumerate(found):
@@ -350,27 +342,6 @@ def _weights(recipe: Recipe, folder: Path, engine: Engine | None) -> tuple[str, 
 
 def _found(folder: Path, with_calibration: bool) -> Adapter:
     return find_adapters({"predictor": folder}, calibrated=with_calibration)["predictor"]
-
-
-def _load_engine(recipe: Recipe, folder: Path) -> Any:
-    from r4r_graph.engine.local import load_local_engine
-
-    if recipe.threads is not None:
-        import torch
-
-        torch.set_num_threads(recipe.threads)
-    engine, notes = load_local_engine(
-        recipe.base,
-        {"predictor": folder},
-        device=recipe.device,
-        dtype=recipe.dtype,
-        quantize_4bit=recipe.quantize_4bit,
-        prompts=prompt_digests(),
-        calibrated=False,
-    )
-    for note in notes:
-        _log.warning(note)
-    return engine
 
 
 def _manifest(recipe: Recipe, rows: _Rows, base: str, adapter: str, dtype: str) -> dict[str, Any]:

@@ -286,6 +286,35 @@ def test_the_frozen_context_is_the_plain_way_computed_faster(
     assert any(g.abs().max() > 1e-4 for g in frozen[1].values())
 
 
+def test_the_loss_of_texts_is_trls(tiny_base: Path, tmp_path: Path) -> None:
+    """TRL computes it otherwise; value and gradients are the same."""
+    from trl import SFTTrainer
+
+    fitted, trainee, rows = run(tiny_base, tmp_path / "run", "text", max_steps=2)
+    trainer, model = fitted.trainer, fitted.trainer.model
+    model.eval()
+    data = sft._dataset(rows[:5])
+    batch = Collator(trainee.tokenizer.pad_token_id, None, None)([data[i] for i in range(5)])
+
+    def measured(loss_of: Any) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = loss_of(dict(batch))
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return float(loss.detach()), grads
+
+    ours = measured(lambda inputs: trainer.compute_loss(model, inputs))
+    trls = measured(
+        lambda inputs: SFTTrainer.compute_loss(
+            trainer,
+            model,
+            {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)},
+        )
+    )
+    assert ours[0] == pytest.approx(trls[0], abs=1e-5)
+    assert same(ours[1], trls[1], 1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_do_not_change_the_result(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     """Rows of unlike length: a mean of means would give other gradients."""

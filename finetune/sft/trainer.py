@@ -1,6 +1,7 @@
 """The one training loop: TRL's `SFTTrainer`, with the forward passes that our experts need.
 
-- Text experts take TRL's own loss.
+- Text experts: cross-entropy over the completion, from logits at its positions alone. TRL's fused
+  head does the same in tiles, which on a CPU takes longer than all the rest of a step.
 - Rating experts read the scale's tokens at the prompt's end, in the layout of inference: left
   padding, logits at the last positions only (see `losses`).
 - With activated LoRA the context's keys and values are the base model's. They are computed once a
@@ -141,10 +142,6 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """The batch's loss, a mean over tokens (texts) or rows (ratings) of the whole step."""
-        frozen = "context_ids" in inputs
-        if self._readout is None and not frozen:
-            inputs["position_ids"] = positions(inputs["attention_mask"])
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert not return_outputs  # evaluation asks for the loss alone
         self._count_tokens(inputs)
         labels = inputs["labels"]
