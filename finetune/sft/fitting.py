@@ -207,7 +207,9 @@ def fit(
             if checks is not None:
                 metrics |= _last_evaluation(trainer)
     if checkpoint is None and weights_digest(model) == before:
-        raise TrainingError(f"{step}: training changed no weight; check learning_rate, warmup and rows")
+        raise TrainingError(
+            f"{step}: training changed no weight; check learning_rate, warmup and the number of rows"
+        )
     metrics["train_rows"] = len(train)
     metrics["steps"] = trainer.state.global_step
     metrics["tokens_seen"] = float(trainer._total_train_tokens)
