@@ -208,7 +208,7 @@ def fit(
                 metrics |= _last_evaluation(trainer)
     if checkpoint is None and weights_digest(model) == before:
         raise TrainingError(
-            f"{step}: training changed no weight; check learning_rate, warmup and the number of rows"
+            f"{step}: training changed no weight; check learning_rate, warmup and rows"
         )
     metrics["train_rows"] = len(train)
     metrics["steps"] = trainer.state.global_step
