@@ -171,3 +171,10 @@ def test_reports_are_frozen(recipe: Recipe) -> None:
     report = GrpoReport(Path(), False, 1, 1, 0, 1, 0.0, 0.0, 0.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.rows = 2  # type: ignore[misc]
+
+
+def test_several_processes_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would not share the rows of a step, and nothing would say so."""
+    monkeypatch.setattr("finetune.grpo.train.process_count", lambda _: 2)
+    with pytest.raises(SettingError, match="one process"):
+        run(recipe)

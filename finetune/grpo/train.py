@@ -24,7 +24,13 @@ from finetune.card import CardFacts, write_card
 from finetune.grpo.rewards import RationaleReward, rating_weights
 from finetune.rejection.leaks import screens_digest
 from finetune.rows import Summaries, review_source, row_key, target_evidence
-from finetune.runs import prepare_run, third_party_warnings, training_errors, weights_digest
+from finetune.runs import (
+    prepare_run,
+    process_count,
+    third_party_warnings,
+    training_errors,
+    weights_digest,
+)
 from finetune.settings import GrpoSettings, Recipe
 from finetune.sft.fitting import Fitted, Trainee, load_trainee, save_adapter
 from finetune.splits import by_lot, read_targets
@@ -115,6 +121,8 @@ def train_grpo(
     if summaries is None:
         summaries = read_summaries(recipe)
     trainee = load_trainee(recipe)
+    if process_count(trainee.device) > 1:  # the rows of a step would not be shared out
+        raise SettingError("grpo runs in one process; start it without accelerate or torchrun")
     check_adapter(start, trainee.base, prompt_info("reasoner").digest)
     rows = prompt_rows(choose_targets(targets, recipe), summaries, trainee, recipe)
     judges = ["custom"] if reward is not None else _judge_digests(recipe, judge, trainee.base)

@@ -272,15 +272,21 @@ def _run(
     if is_main_process(trainee.device):
         save_adapter(fitted, plan.out, describe)
     fitted.trainer.accelerator.wait_for_everyone()
+    return _report(plan, fitted.metrics, reused=False, seconds=time.monotonic() - started)
+
+
+def _report(
+    plan: _Plan, metrics: Mapping[str, float], *, reused: bool, seconds: float
+) -> TrainReport:
     return TrainReport(
         plan.step,
         plan.out,
-        reused=False,
+        reused=reused,
         train_rows=len(plan.train),
         validation_rows=len(plan.validation),
         left_out=plan.left_out,
-        seconds=time.monotonic() - started,
-        metrics=fitted.metrics,
+        seconds=seconds,
+        metrics=metrics,
     )
 
 
@@ -302,16 +308,7 @@ def _finished(plan: _Plan, facts: Mapping[str, Any]) -> TrainReport | None:
         )
     metrics = json.loads((plan.out / "metrics.json").read_text(encoding="utf-8"))
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
-    return TrainReport(
-        plan.step,
-        plan.out,
-        reused=True,
-        train_rows=len(plan.train),
-        validation_rows=len(plan.validation),
-        left_out=plan.left_out,
-        seconds=0.0,
-        metrics=numbers,
-    )
+    return _report(plan, numbers, reused=True, seconds=0.0)
 
 
 def _tables(recipe: Recipe, plan: _Plan, fitted: Fitted) -> list[tuple[str, list[dict[str, Any]]]]:
