@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from finetune.domains import floors, review_source
 from finetune.engines import ExpertEngine
 from finetune.rationales import read_rationales
-from finetune.rows import review_source, row_key, target_evidence
+from finetune.rows import row_key, target_evidence
 from finetune.settings import Recipe
 from finetune.splits import read_targets
 from finetune.summaries import read_summaries
@@ -39,7 +40,6 @@ from r4r_graph.engine.base import Engine
 from r4r_graph.engine.model_files import file_digest
 from r4r_graph.engine.weights import find_base
 from r4r_graph.errors import DataError, NotReadyError, RequestError, SettingError
-from r4r_graph.evaluation.floors import floor_predictions
 from r4r_graph.evaluation.metrics import (
     Estimate,
     PointScores,
@@ -180,7 +180,7 @@ def calibrate_predictor(
         split_digest=rows.digest,
         weights_digest=file_digest(weights) if weights.is_file() else "",
     )
-    floors = floor_predictions(rows.targets, review_source(recipe), read_targets(recipe, "train"))
+    by_floor = floors(recipe, rows.targets, read_targets(recipe, "train"))
     report = CalibrationReport(
         path=folder / CALIBRATION_FILE,
         helped=helped,
@@ -192,7 +192,7 @@ def calibrate_predictor(
         gain=paired_difference(losses[1], losses[0], seed=recipe.seed),
         floors={
             name: score_points(truths, points, scale, seed=recipe.seed)
-            for name, points in floors.items()
+            for name, points in by_floor.items()
         },
         seconds=time.monotonic() - started,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.domains import has_labels
 from finetune.settings import Recipe
 from r4r_graph.errors import SettingError
 
@@ -80,7 +81,7 @@ def planned(recipe: Recipe) -> list[Step]:
         if order != sorted(order):
             raise SettingError(f"steps out of order: {', '.join(recipe.steps)}")
         return chosen
-    ready_made = recipe.teacher.aspects is not None
+    ready_made = has_labels(recipe)
     skipped = {"check", "grpo", *(["teacher"] if ready_made else [])}
     return [step for step in STEPS if step.name not in skipped]
 

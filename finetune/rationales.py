@@ -20,14 +20,16 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetune.domains import review_source
 from finetune.engines import ExpertEngine, finished_rows, refuse_all_failed
-from finetune.rejection.leaks import form_faults, leaks
-from finetune.rows import review_source, row_key, target_evidence
+from finetune.rows import row_key, target_evidence
 from finetune.settings import Recipe
-from finetune.splits import by_lot, read_targets
+from finetune.splits import read_targets
 from finetune.summaries import read_summaries
 from r4r_graph.engine.base import Engine
 from r4r_graph.errors import DataError, EngineError
+from r4r_graph.evaluation.targets import by_lot
+from r4r_graph.evaluation.words.leaks import form_faults, leaks
 from r4r_graph.experts import Experts
 from r4r_graph.jobs import Columns, OnProgress, digest_rows, run_job
 from r4r_graph.schema import Review
@@ -69,7 +71,7 @@ class RationalesReport:
     failed: int
     """Rows without a rationale, of this run and earlier ones."""
     leaking: int
-    """Rationales that give a rating away (`finetune.rejection.leaks`)."""
+    """Rationales that give a rating away (`r4r_graph.evaluation.words.leaks`)."""
     malformed: int
     """Rationales with faults of form: a sign of how well the reasoner is trained."""
     seconds: float

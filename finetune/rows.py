@@ -10,8 +10,6 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from finetune.settings import Recipe
@@ -20,32 +18,11 @@ from r4r_graph.evidence import Evidence, fit_evidence
 from r4r_graph.graph.outcome import evidence_of
 from r4r_graph.graph.recall import recall
 from r4r_graph.graph.state import Knobs
-from r4r_graph.ratings import RatingScale
-from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+from r4r_graph.reviews import ReviewSource
 from r4r_graph.schema import AspectSummary, Review
 
 Summaries = Mapping[str, AspectSummary]
 """Review key to aspect summary."""
-
-
-@lru_cache(maxsize=2)
-def _load(
-    reviews: Path, items: Path | None, scale: str, stamps: tuple[int, ...]
-) -> TableReviewSource:
-    """`stamps` are the files' times of change: what was written anew is read anew."""
-    catalogue = load_items(items) if items is not None else None
-    return load_reviews(reviews, scale=RatingScale.parse(scale), items=catalogue)
-
-
-def review_source(recipe: Recipe) -> TableReviewSource:
-    """All reviews of the recipe, indexed; read once a process.
-
-    Raises:
-        DataError: they cannot be read; it names the file.
-    """
-    files = [path for path in (recipe.reviews, recipe.items) if path is not None]
-    stamps = tuple(path.stat().st_mtime_ns for path in files if path.exists())
-    return _load(recipe.reviews, recipe.items, recipe.scale, stamps)
 
 
 def histories(target: Review, source: ReviewSource, recipe: Recipe) -> list[tuple[Review, str]]:

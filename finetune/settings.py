@@ -10,6 +10,7 @@ it leaves out has the paper's value where the paper gives one (arXiv 2502.02061,
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,16 @@ class _Strict:
     """An unknown key in a recipe is an error, never ignored."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Domain(_Strict):
+    """One of several data sets that experts are trained on together; see `finetune.domains`."""
+
+    reviews: Path
+    items: Path | None = None
+    aspects: Path | None = None
+    """Ready-made aspect summaries of its reviews, as `teacher.aspects`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +235,8 @@ class Recipe(_Strict):
 
     reviews: Path = Path()
     items: Path | None = None
+    domains: dict[str, Domain] = field(default_factory=dict)
+    """Several data sets by name, in the place of `reviews`, `items` and `teacher.aspects`."""
     work: Path = Path("work")
     """Everything the pipeline makes; see `Recipe.folder`."""
     base: str = "smollm2-135m"
@@ -397,6 +410,18 @@ def _number(text: str) -> float | str:
 def _check(recipe: Recipe) -> None:
     """What types cannot say."""
     _ = recipe.rating_scale, recipe.token_budgets
+    if recipe.domains:
+        alone = {
+            "reviews": recipe.reviews != Path(),
+            "items": recipe.items is not None,
+            "teacher.aspects": recipe.teacher.aspects is not None,
+        }
+        if taken := [name for name, given in alone.items() if given]:
+            raise SettingError(
+                f"bad setting {taken[0]}: with `domains`, each data set names its own files there"
+            )
+        if bad := [name for name in recipe.domains if not re.fullmatch(r"[\w-]+", name)]:
+            raise SettingError(f"bad setting domains.{bad[0]}: letters, digits, '-' and '_' only")
     shares = recipe.splits
     if not (0 < shares.train < 1 and 0 <= shares.validation < 1):
         raise SettingError("bad setting splits: train and validation are shares of the rows")

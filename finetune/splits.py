@@ -14,7 +14,6 @@ others, disjoint from them, teach the experts (paper: 8,000 and 12,000).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from bisect import bisect_left, bisect_right
@@ -26,11 +25,13 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.rows import is_cold, review_source
+from finetune.domains import ALONE, by_domain, domains, in_turns, review_source
+from finetune.rows import is_cold
 from finetune.settings import Recipe, SplitSettings
 from r4r_graph.caches import write_atomically
 from r4r_graph.engine.model_files import file_digest
 from r4r_graph.errors import DataError, NotReadyError, SettingError
+from r4r_graph.evaluation.targets import by_lot
 from r4r_graph.jobs import digest_rows, open_folder
 from r4r_graph.reviews import ReviewSource
 from r4r_graph.reviews.files import file_parts
@@ -61,14 +62,15 @@ class SplitReport:
     instruction: int
     validation: int
     test: int
-    boundaries: tuple[float, float]
-    """Unix seconds: where validation begins, and where the test does. Every target of an earlier
-    part is strictly earlier."""
+    boundaries: Mapping[str, tuple[float, float]]
+    """Data set (`""` where there is but one) to unix seconds: where its validation begins, and
+    where its test does. Every target of an earlier part is strictly earlier."""
 
 
 def make_splits(recipe: Recipe) -> SplitReport:
     """Split the recipe's reviews into targets to train on, to validate on and to test on.
 
+    Several data sets are split each by its own time, and take turns wherever rows are drawn.
     Which rows are taken is decided by `recipe.seed` and by the rows themselves, not by the order
     of the file. Reward rows have words, for the review itself is what that model reads.
 
@@ -132,18 +134,17 @@ def read_targets(recipe: Recipe, split: Split, role: Role | None = None) -> list
     return [Review.from_dict(row) for row in rows if role is None or row["role"] == role]
 
 
-def by_lot(reviews: Iterable[Review], seed: int, purpose: str) -> list[Review]:
-    """The reviews in an order drawn by the seed, a different one for each purpose.
+def training_ends(recipe: Recipe) -> dict[str, float]:
+    """Data set to the time (unix seconds) from which on nothing may be learned.
 
-    Each review's place depends on itself alone: the first n of them are among the first n + 1,
-    and a review more or less moves no other.
+    Raises:
+        NotReadyError: the splits have not been made.
     """
-    return sorted(reviews, key=lambda review: _lot(review, seed, purpose))
-
-
-def _lot(review: Review, seed: int, purpose: str) -> tuple[bytes, str]:
-    drawn = hashlib.blake2b(f"{seed} {purpose} {review.key}".encode(), digest_size=8)
-    return drawn.digest(), review.key
+    folder = recipe.folder("splits")
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise NotReadyError(f"{folder} has no finished splits; run the step `splits` first")
+    return {name: validation for name, (validation, _) in _boundaries(manifest).items()}
 
 
 # What goes where --------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ class _Made:
     parts: dict[str, _Rows]
     reviews: int
     ineligible: int
-    boundaries: list[float]
+    boundaries: dict[str, list[float]]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -165,13 +166,65 @@ class _Made:
         return {name: roles.count(name) for name in (*get_args(Role), "validation", "test")}
 
 
+@dataclass(frozen=True)
+class _Domain:
+    """One data set, cut by its time."""
+
+    reviews: int
+    boundaries: list[float]
+    eligible: tuple[list[Review], list[Review], list[Review]]
+    """Of training, validation and test."""
+    found: str
+    """In words, how many are eligible."""
+
+
 def _split(recipe: Recipe) -> _Made:
     settings, source = recipe.splits, review_source(recipe)
     distinct = {review.key: review for review in source}.values()
+    files = domains(recipe)
+    cut = {
+        name: _cut(str(files[name].reviews), reviews, source, settings)
+        for name, reviews in by_domain(recipe, distinct).items()
+    }
+
+    def drawn(part: int, purpose: str) -> list[Review]:
+        return in_turns(by_lot(one.eligible[part], recipe.seed, purpose) for one in cut.values())
+
+    reward, instruction = _roles(drawn(0, "train"), settings)
+    if (settings.reward_rows and not reward) or (settings.instruction_rows and not instruction):
+        named = ", ".join(str(domain.reviews) for domain in files.values())
+        raise DataError(
+            f"{named} has too few reviews to train on: {len(reward)} (with words) for the reward "
+            f"model and {len(instruction)} for instruction; eligible are "
+            f"{'; '.join(one.found for one in cut.values())}"
+        )
+    rows = [*((r, "reward") for r in reward), *((r, "instruction") for r in instruction)]
+    validation = drawn(1, "validation")[: settings.validation_rows]
+    test = drawn(2, "test")[: settings.test_rows]
+    reviews = sum(one.reviews for one in cut.values())
+    return _Made(
+        {
+            "train": _by_time(rows),
+            "validation": _by_time([(review, "validation") for review in validation]),
+            "test": _by_time([(review, "test") for review in test]),
+        },
+        reviews=reviews,
+        ineligible=reviews - sum(len(part) for one in cut.values() for part in one.eligible),
+        boundaries={name: one.boundaries for name, one in cut.items()},
+    )
+
+
+def _cut(
+    file: str, distinct: Iterable[Review], source: ReviewSource, settings: SplitSettings
+) -> _Domain:
+    """Cut one data set by its time."""
     reviews = sorted(distinct, key=lambda review: (review.timestamp, review.key))
     starts = _starts([review.timestamp for review in reviews], settings)
     whole = [reviews[: starts[0]], reviews[starts[0] : starts[1]], reviews[starts[1] :]]
-    fit = [[r for r in part if _may_be_target(r, source, settings)] for part in whole]
+    train, validation, test = (
+        [review for review in part if _may_be_target(review, source, settings)] for part in whole
+    )
+    fit = (train, validation, test)
     found = ", ".join(
         f"{len(some)} of {len(part)} for {name}"
         for name, part, some in zip(("training", "validation", "test"), whole, fit, strict=True)
@@ -180,29 +233,10 @@ def _split(recipe: Recipe) -> _Made:
         some or share < _NOTHING for some, share in zip(fit, _shares(settings), strict=True)
     ):
         raise DataError(
-            f"{recipe.reviews} has too few reviews to split by time: of {len(reviews)}, "
+            f"{file} has too few reviews to split by time: of {len(reviews)}, "
             f"eligible (splits.eligible={settings.eligible}) are {found}"
         )
-    train = by_lot(fit[0], recipe.seed, "train")
-    reward, instruction = _roles(train, settings)
-    if (settings.reward_rows and not reward) or (settings.instruction_rows and not instruction):
-        raise DataError(
-            f"{recipe.reviews} has too few reviews to train on: {len(reward)} (with words) for "
-            f"the reward model and {len(instruction)} for instruction; eligible are {found}"
-        )
-    rows = [*((r, "reward") for r in reward), *((r, "instruction") for r in instruction)]
-    validation = by_lot(fit[1], recipe.seed, "validation")[: settings.validation_rows]
-    test = by_lot(fit[2], recipe.seed, "test")[: settings.test_rows]
-    return _Made(
-        {
-            "train": _by_time(rows),
-            "validation": _by_time([(review, "validation") for review in validation]),
-            "test": _by_time([(review, "test") for review in test]),
-        },
-        reviews=len(reviews),
-        ineligible=len(reviews) - sum(map(len, fit)),
-        boundaries=[reviews[at].timestamp for at in starts],
-    )
+    return _Domain(len(reviews), [reviews[at].timestamp for at in starts], fit, found)
 
 
 def _shares(settings: SplitSettings) -> tuple[float, float, float]:
@@ -266,12 +300,21 @@ def _check(settings: SplitSettings) -> None:
 def _ingredients(recipe: Recipe) -> dict[str, Any]:
     """All that decides what the splits hold, by the setting's name."""
     return {
-        "reviews": _fingerprint(recipe.reviews),
-        "items": _fingerprint(recipe.items) if recipe.items is not None else None,
+        **_files(recipe),
         "scale": recipe.scale,
         "seed": recipe.seed,
         **{f"splits.{name}": value for name, value in asdict(recipe.splits).items()},
     }
+
+
+def _files(recipe: Recipe) -> dict[str, str | None]:
+    """Fingerprints of the files, by the setting that names them."""
+    found: dict[str, str | None] = {}
+    for name, domain in domains(recipe).items():
+        setting = f"domains.{name}." if name != ALONE else ""
+        found[f"{setting}reviews"] = _fingerprint(domain.reviews)
+        found[f"{setting}items"] = _fingerprint(domain.items) if domain.items else None
+    return found
 
 
 def _fingerprint(path: Path) -> str:
@@ -284,7 +327,8 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     file = folder / "manifest.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        if {"made_of", "counts", "boundaries", "outputs"} <= set(manifest):
+        known = {"made_of", "counts", "boundaries", "outputs"} <= set(manifest)
+        if known and isinstance(manifest["boundaries"], dict):
             return dict(manifest)
     except FileNotFoundError:
         return None
@@ -314,15 +358,21 @@ def _is_current(folder: Path, manifest: Mapping[str, Any], made_of: Mapping[str,
 
 
 def _report(folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> SplitReport:
-    validation_from, test_from = map(float, manifest["boundaries"])
     return SplitReport(
         folder=folder,
         reused=reused,
         reviews=manifest["reviews"],
         ineligible=manifest["ineligible"],
-        boundaries=(validation_from, test_from),
+        boundaries=_boundaries(manifest),
         **manifest["counts"],
     )
+
+
+def _boundaries(manifest: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    return {
+        name: (float(validation), float(test))
+        for name, (validation, test) in manifest["boundaries"].items()
+    }
 
 
 def _span(rows: _Rows) -> list[float]:

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from finetune.domains import review_source
 from finetune.engines import ExpertEngine, finished_rows, refuse_all_failed
-from finetune.rows import review_source, reviews_to_summarize
+from finetune.rows import reviews_to_summarize
 from finetune.settings import Recipe
-from finetune.splits import Split, by_lot, read_targets
+from finetune.splits import Split, read_targets
 from r4r_graph.caches import open_summary_store
 from r4r_graph.engine.base import Engine
 from r4r_graph.errors import EngineError
+from r4r_graph.evaluation.targets import by_lot
 from r4r_graph.experts import Experts
 from r4r_graph.jobs import Columns, OnProgress, digest_rows, run_job
 from r4r_graph.schema import AspectSummary, Review

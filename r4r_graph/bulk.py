@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         ("distribution", pa.list_(pa.float64())),
         ("rating_mass", pa.float64()),
         ("entropy", pa.float64()),
-        ("rationale", pa.string()),
+        ("rationales", pa.list_(pa.string())),
         ("cold_start", pa.string()),
         ("error", pa.string()),
     ]
@@ -149,7 +149,7 @@ def _columns(result: Recommendation) -> dict[str, Any]:
         "distribution": list(d.probabilities),
         "rating_mass": d.mass,
         "entropy": d.entropy,
-        "rationale": "\n\n".join(result.rationales),
+        "rationales": list(result.rationales),
         "cold_start": result.cold_start,
     }
 
@@ -161,6 +161,7 @@ def _manifest(
     model = recommender.experts.model_card()
     settings = asdict(check_knobs(knobs))
     return {
+        "columns": SCHEMA.names,
         "pairs": len(rows),
         "pairs_digest": digest_rows([pair.user_id, pair.item_id, pair.as_of] for pair in rows),
         "scale": list(recommender.experts.scale.values),

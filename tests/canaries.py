@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.rows import review_source
+from finetune.domains import review_source
 from finetune.settings import Recipe, parse_recipe
 from finetune.splits import make_splits
 from finetune.summaries import make_summaries

@@ -6,15 +6,21 @@ one (`R4R_TEST_CACHE_DIR`, else the platform's), so that the base model is conve
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from r4r_graph.cli import main
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.fake import fake_engine
+from tests.commands import Done, R4r
+from tests.scripted import Script
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # here and now: it is read when huggingface_hub is imported
 
@@ -136,3 +142,38 @@ def real_engine() -> Iterator[BatchingEngine]:
         engine, _ = load_local_engine("smollm2-135m", device="cpu")
     with engine:
         yield engine
+
+
+@pytest.fixture
+def r4r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[R4r]:
+    """Runs `r4r` in this process."""
+    log = logging.getLogger("r4r_graph")
+    before = log.handlers[:], log.propagate
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["r4r", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            log.handlers[:], log.propagate = before
+        shown = capsys.readouterr()
+        return Done(code or 0, shown.out, shown.err)
+
+    yield run
+    log.handlers[:], log.propagate = before
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, fake: Callable[..., BatchingEngine]) -> Script:
+    """What the model says; no real one is loaded."""
+    script = Script(weights=lambda _: [0, 0, 0.1, 0.2, 0.7])
+
+    def load(*_: object, **__: object) -> tuple[BatchingEngine, list[str]]:
+        return fake(write=lambda r: script.write(r), rate=lambda r: script.rate(r)), []
+
+    monkeypatch.setattr("r4r_graph.engine.local.load_local_engine", load)
+    return script

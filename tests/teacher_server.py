@@ -19,8 +19,8 @@ import pytest
 
 from finetune.settings import Recipe, parse_recipe
 from finetune.splits import make_splits
-from finetune.teacher import Teacher, open_teacher, providers
-from r4r_graph import Review
+from finetune.teacher import Teacher, open_teacher
+from r4r_graph import Review, chat_models
 from r4r_graph.engine.base import GenerateRequest, Message
 from r4r_graph.engine.batching import BatchingEngine
 
@@ -129,7 +129,7 @@ def set_environment(patch: pytest.MonkeyPatch) -> None:
         patch.delenv(name, raising=False)
         patch.delenv(name.lower(), raising=False)
     patch.setenv("OPENAI_API_KEY", SECRET)
-    patch.setattr(providers, "_FIRST_PAUSE", 0.01)
+    patch.setattr(chat_models, "_FIRST_PAUSE", 0.01)
 
 
 def made_recipe(folder: Path, teacher: dict[str, Any], rows: int = 6) -> Recipe:

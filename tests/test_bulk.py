@@ -55,7 +55,7 @@ def test_the_folder_reads_as_one_table_in_the_order_of_the_pairs(
     alone = made.rate("u3", "i3", as_of=PAIRS[3].as_of)
     assert table.rating[3] == alone.rating
     assert list(table.distribution[3]) == list(alone.distribution.probabilities)
-    assert table.rationale[3] == alone.rationale
+    assert tuple(table.rationales[3]) == alone.rationales
     assert (report.rows, report.reused, report.failed) == (40, 0, 0)
     assert [now.done for now in told] == list(range(1, 41))
     assert len(list((tmp_path / "out").glob("part-*"))) >= 6

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from r4r_graph import __version__, caches
-from r4r_graph.cli import main
+from r4r_graph.cli.display import one_line_json, printable
 from r4r_graph.engine.base import GenerateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.reviews import load_items, load_reviews
 from r4r_graph.schema import Review
+from tests.commands import Done, R4r
 from tests.scripted import Request, Script, mark, review
 
 Fake = Callable[..., BatchingEngine]
@@ -33,61 +32,6 @@ TABLE = [
 ]
 PAIR = ("--user", "ann", "--item", "target")
 SAMPLE = Path(caches.__file__).with_name("_demo")
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """The only line on stderr that is an error, without its beginning."""
-        assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if line.startswith("r4r: error: ")]
-        assert len(lines) == 1, self.err
-        return lines[0].removeprefix("r4r: error: ")
-
-
-R4r = Callable[..., Done]
-
-
-@pytest.fixture
-def r4r(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[R4r]:
-    """Runs `r4r` in this process."""
-    log = logging.getLogger("r4r_graph")
-    before = log.handlers[:], log.propagate
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["r4r", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        finally:
-            log.handlers[:], log.propagate = before
-        shown = capsys.readouterr()
-        return Done(code or 0, shown.out, shown.err)
-
-    yield run
-    log.handlers[:], log.propagate = before
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Script:
-    """What the model says; no real one is loaded."""
-    script = Script(weights=lambda _: [0, 0, 0.1, 0.2, 0.7])
-
-    def load(*_: object, **__: object) -> tuple[BatchingEngine, list[str]]:
-        return fake(write=lambda r: script.write(r), rate=lambda r: script.rate(r)), []
-
-    monkeypatch.setattr("r4r_graph.engine.local.load_local_engine", load)
-    return script
 
 
 def write_reviews(path: Path, *rows: Review | dict[str, Any]) -> Path:
@@ -560,3 +504,11 @@ def test_a_rating_for_real_repeats_itself_without_summarizing_again() -> None:
     assert first["rationales"] == second["rationales"]
     assert first["mean"] == pytest.approx(second["mean"], abs=1e-3)
     assert len(set(first["rationales"])) == 2
+
+
+def test_no_control_character_reaches_the_terminal_raw() -> None:
+    raw = "a\x7fb\x9bc\x1bd\u2028e\u202ef\U000e0001"
+    assert printable(f"one\n{raw}") == ("one\na\\u007fb\\u009bc\\u001bd\\u2028e\\u202ef\\U000e0001")
+    line = one_line_json({"text": raw})
+    assert json.loads(line) == {"text": raw}
+    assert not set("\x7f\x9b\x1b\u2028\u202e") & set(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from r4r_graph.evaluation.words import list_overlap, phrase_overlap
+from r4r_graph.evaluation.words.overlap import list_overlap, phrase_overlap
 from r4r_graph.schema import AspectSummary
 
 

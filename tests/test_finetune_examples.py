@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from finetune.rows import histories, review_source, soft_target, target_evidence
+from finetune.domains import review_source
+from finetune.rows import histories, soft_target, target_evidence
 from finetune.settings import RatingTrainingSettings, Recipe
 from finetune.sft.examples import (
     Example,

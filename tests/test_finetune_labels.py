@@ -10,21 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune.domains import has_labels, read_labels
 from finetune.settings import parse_recipe
-from finetune.teacher.labels import (
-    fit_summary,
-    label_digest,
-    label_key,
-    labels_path,
-    normalized,
-    read_answer,
-    read_aspects,
-)
+from finetune.teacher.labels import fit_summary, read_answer
 from r4r_graph import Review
 from r4r_graph.engine.aspects import MAX_PHRASES, format_aspects, parse_aspects
 from r4r_graph.engine.decoding import MAX_PHRASE_TOKENS
 from r4r_graph.engine.fake import FakeMeter
 from r4r_graph.errors import DataError, NotReadyError
+from r4r_graph.evaluation.words.labels import label_digest, label_key, normalized, read_aspects
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.schema import AspectSummary
 
@@ -255,13 +249,26 @@ def test_what_is_no_summary(text: str, message: str) -> None:
 
 def test_where_the_labels_are(tmp_path: Path) -> None:
     tree = {"reviews": "reviews.parquet", "work": str(tmp_path)}
-    ready = parse_recipe({**tree, "teacher": {"aspects": "mine.parquet"}})
-    assert labels_path(ready) == Path("mine.parquet")
+    mine = written(tmp_path / "mine.parquet", [ROW, {**ROW, "item_id": "i2", "confident": False}])
+    ready = parse_recipe({**tree, "teacher": {"aspects": str(mine)}})
+    assert has_labels(ready)
+    assert list(read_labels(ready, confident_only=True)) == [("u1", "i1", 1e6)]
+    assert len(read_labels(ready, confident_only=False)) == 2
     recipe = parse_recipe(tree)
+    assert not has_labels(recipe)
     with pytest.raises(NotReadyError, match="run the step `teacher` first"):
-        labels_path(recipe)
+        read_labels(recipe, confident_only=True)
     folder = tmp_path / "labels" / "aspects"
     folder.mkdir(parents=True)
     written(folder / "part-000000000-000000001.parquet", [ROW])
-    assert labels_path(recipe) == folder
-    assert len(read_aspects(labels_path(recipe), confident_only=True)) == 1
+    assert len(read_labels(recipe, confident_only=True)) == 1
+
+
+def test_the_labels_of_several_data_sets_bear_their_names(tmp_path: Path) -> None:
+    mine = written(tmp_path / "mine.parquet", [ROW])
+    domains = {
+        "films": {"reviews": "films.parquet"},
+        "music": {"reviews": "music.parquet", "aspects": str(mine)},
+    }
+    recipe = parse_recipe({"domains": domains, "work": str(tmp_path)})
+    assert list(read_labels(recipe, confident_only=True)) == [("music/u1", "music/i1", 1e6)]

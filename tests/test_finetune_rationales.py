@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune.domains import review_source
 from finetune.rationales import SCHEMA, read_rationales, refuse_trained, write_rationales
-from finetune.rows import review_source, target_evidence
+from finetune.rows import target_evidence
 from finetune.splits import read_targets
 from finetune.summaries import read_summaries
 from r4r_graph.engine.base import GenerateRequest

@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from finetune.domains import review_source
 from finetune.rejection.kept import KEPT_SCHEMA, RejectionReport, Survivors, read_kept
 from finetune.rejection.sampling import SAMPLES_SCHEMA, hinted_prompt, reject, sample_rationales
-from finetune.rows import review_source, target_evidence
+from finetune.rows import target_evidence
 from finetune.settings import Recipe
 from finetune.splits import read_targets
 from finetune.summaries import make_summaries, read_summaries

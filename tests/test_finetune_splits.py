@@ -14,11 +14,13 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.rows import is_cold, review_source
+from finetune.domains import review_source
+from finetune.rows import is_cold
 from finetune.settings import Recipe, SplitSettings, parse_recipe
-from finetune.splits import SPLIT_SCHEMA, Split, by_lot, make_splits, read_targets
+from finetune.splits import SPLIT_SCHEMA, Split, make_splits, read_targets
 from r4r_graph import Review
 from r4r_graph.errors import DataError, InputError, NotReadyError, SettingError
+from r4r_graph.evaluation.targets import by_lot
 from r4r_graph.jobs import open_folder
 
 DAY = 86400.0
@@ -74,7 +76,7 @@ def test_no_target_is_as_late_as_one_of_a_later_part(recipe_of: Make) -> None:
     assert all(parts)
     for earlier, later in pairwise(parts):
         assert max(r.timestamp for r in earlier) < min(r.timestamp for r in later)
-    validation_from, test_from = report.boundaries
+    validation_from, test_from = report.boundaries[""]
     times = sorted(review.timestamp for review in review_source(recipe))
     assert min(r.timestamp for r in parts[1]) >= validation_from
     assert max(r.timestamp for r in parts[0]) < validation_from
@@ -206,7 +208,7 @@ def test_the_files_and_their_manifest(recipe_of: Make) -> None:
     assert manifest["made_of"]["splits.reward_rows"] == 40
     assert len(manifest["made_of"]["reviews"]) == 32
     assert set(manifest["outputs"]) == {"train.parquet", "validation.parquet", "test.parquet"}
-    assert manifest["times"]["train"][1] < manifest["boundaries"][0]
+    assert manifest["times"]["train"][1] < manifest["boundaries"][""][0]
 
 
 def test_made_once(recipe_of: Make) -> None:
@@ -315,7 +317,8 @@ def test_a_part_with_no_share_is_empty(recipe_of: Make) -> None:
     report = make_splits(recipe := recipe_of(train=0.8, validation=0.0))
     assert report.validation == 0
     assert read_targets(recipe, "validation") == []
-    assert report.boundaries[0] == report.boundaries[1]
+    validation_from, test_from = report.boundaries[""]
+    assert validation_from == test_from
 
 
 def test_unknown_parts(recipe_of: Make) -> None:

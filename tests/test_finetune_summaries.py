@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from finetune.domains import review_source
 from finetune.engines import ExpertEngine
-from finetune.rows import histories, review_source
+from finetune.rows import histories
 from finetune.splits import read_targets
 from finetune.summaries import SCHEMA, SPLITS, make_summaries, read_summaries
 from r4r_graph.caches import open_summary_store

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune.teacher import Answer, providers
+from finetune.teacher import Answer
+from r4r_graph import chat_models
 from r4r_graph.errors import AnswerError, SettingError, TeacherError
 from tests.teacher_server import (
     PROMPT,
@@ -124,9 +125,9 @@ def test_the_pauses_grow_and_obey_the_server(
     server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    real = providers.pause
+    real = chat_models.pause
     monkeypatch.setattr(
-        "finetune.teacher.asking.pause",
+        "r4r_graph.chat_models.pause",
         lambda state: pauses.append(real(state)) or min(pauses[-1], 0.01),
     )
     server.reply = lambda _: (500, "sorry")

@@ -17,17 +17,18 @@ from typing import Any
 import pandas
 import pytest
 
-from finetune.rows import histories, review_source
+from finetune.domains import review_source
+from finetune.rows import histories
 from finetune.settings import parse_recipe
 from finetune.splits import make_splits, read_targets
 from finetune.teacher import label_aspects
 from finetune.teacher.labelling import SCHEMA, reviews_to_label, teacher_prompt
-from finetune.teacher.labels import label_key, read_aspects
 from r4r_graph import Review, fake_engine
 from r4r_graph.engine.aspects import format_aspects, parse_aspects
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.fake import FakeMeter
 from r4r_graph.errors import DataError, InputError, NotReadyError, TeacherError
+from r4r_graph.evaluation.words.labels import label_key, read_aspects
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.jobs import JobProgress, read_job
 from r4r_graph.ratings import RatingScale

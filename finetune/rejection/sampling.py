@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.domains import review_source
 from finetune.engines import ExpertEngine, finished_rows, refuse_all_failed
 from finetune.rationales import digest_summaries
 from finetune.rejection.candidates import rank_candidates
@@ -38,15 +39,16 @@ from finetune.rejection.kept import (
     sampling_report,
     write_kept,
 )
-from finetune.rejection.leaks import screens_digest
-from finetune.rows import Summaries, review_source, row_key, target_evidence
+from finetune.rows import Summaries, row_key, target_evidence
 from finetune.settings import Recipe, RejectionSettings
-from finetune.splits import by_lot, read_targets
+from finetune.splits import read_targets
 from finetune.summaries import read_summaries
 from finetune.teacher import Teacher, open_teacher, teacher_identity
 from r4r_graph import prompts
 from r4r_graph.engine.base import Engine, Message, TokenMeter
 from r4r_graph.errors import AnswerError, EngineError, NotReadyError, SettingError
+from r4r_graph.evaluation.targets import by_lot
+from r4r_graph.evaluation.words.leaks import screens_digest
 from r4r_graph.evidence import Evidence, evidence_inputs, without_ratings
 from r4r_graph.experts import Messages, Predictor, reasoner_prompt
 from r4r_graph.jobs import Columns, OnProgress, digest_rows, run_job

@@ -25,7 +25,7 @@ from r4r_graph.engine.aspects import parse_aspects
 from r4r_graph.engine.base import Engine, GenerateRequest
 from r4r_graph.errors import NotReadyError, R4RError
 from r4r_graph.evaluation import Estimate, bootstrap, mean
-from r4r_graph.evaluation.words import phrase_overlap
+from r4r_graph.evaluation.words.overlap import phrase_overlap
 from r4r_graph.experts import summarizer_prompt
 from r4r_graph.jobs import Columns, OnProgress, digest_rows, read_job, run_job
 from r4r_graph.schema import AspectSummary, Review

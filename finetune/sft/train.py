@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.card import CardFacts, write_card
+from finetune.domains import domain_of, read_labels, review_source
 from finetune.rationales import read_rationales
 from finetune.rejection.kept import read_kept
-from finetune.rows import review_source
 from finetune.runs import is_main_process, main_process_first, prepare_run
 from finetune.settings import RatingTrainingSettings, Recipe, TrainingSettings
 from finetune.sft.examples import (
@@ -34,12 +34,12 @@ from finetune.sft.examples import (
 )
 from finetune.sft.fitting import Fitted, Trainee, fit, load_trainee, run_facts, save_adapter
 from finetune.sft.validation import rating_tables
-from finetune.splits import by_lot, read_targets
+from finetune.splits import read_targets, training_ends
 from finetune.summaries import read_summaries
-from finetune.teacher.labels import read_aspects
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.engine.weights import find_base, load_tokenizer
 from r4r_graph.errors import DataError, SettingError
+from r4r_graph.evaluation.targets import by_lot
 from r4r_graph.schema import AspectSummary, Review
 
 
@@ -118,20 +118,20 @@ def labelled_reviews(recipe: Recipe) -> list[tuple[Review, str, AspectSummary]]:
         NotReadyError: there are no labels, or no splits.
         DataError: no label belongs to a review of the training part.
     """
-    path = recipe.teacher.aspects or recipe.folder("labels/aspects")
-    labels = read_aspects(path, confident_only=recipe.summarizer.confident_only)
-    last = max(target.timestamp for target in read_targets(recipe, "train"))
+    labels = read_labels(recipe, confident_only=recipe.summarizer.confident_only)
+    ends = training_ends(recipe)
     source = review_source(recipe)
     found: dict[str, tuple[Review, str, AspectSummary]] = {}
     for review in source:
         summary = labels.get((review.user_id, review.item_id, float(review.timestamp)))
-        if summary is not None and review.timestamp <= last and review.text.strip():
+        early = review.timestamp < ends[domain_of(recipe, review)]
+        if summary is not None and early and review.text.strip():
             kind = source.item(review.item_id, None).category
             # One text may stand under several editions of an item.
             found.setdefault(" ".join(review.text.split()), (review, kind, summary))
     if not found:
         raise DataError(
-            f"none of the {len(labels)} labels in {path} belongs to a review of the training part"
+            f"none of the {len(labels)} labels belongs to a review of the training part"
         )
     rows = list(found.values())
     random.Random(recipe.seed).shuffle(rows)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.rows import review_source
+from finetune.domains import floors
 from finetune.settings import Recipe
 from finetune.splits import read_targets
-from r4r_graph.evaluation import Estimate, PointScores, floor_predictions, score, score_points
+from r4r_graph.evaluation import Estimate, PointScores, score, score_points
 from r4r_graph.ratings import READOUTS
 from r4r_graph.schema import Review
 
@@ -30,8 +30,8 @@ def rating_tables(
     truths = np.array([target.rating for target in targets])
     scores = score(truths, rows[:, :-1], scale, seed=recipe.seed)
     table = [_row(f"this expert, {name}", scores.mae[name], scores.rmse[name]) for name in READOUTS]
-    floors = floor_predictions(targets, review_source(recipe), read_targets(recipe, "train"))
-    for name, points in floors.items():
+    by_floor = floors(recipe, targets, read_targets(recipe, "train"))
+    for name, points in by_floor.items():
         found: PointScores = score_points(truths, points, scale, seed=recipe.seed)
         table.append(_row(name.replace("_", " "), found.mae, found.rmse))
     facts = [

@@ -1,31 +1,14 @@
-"""What a teacher has answered, kept on disk the moment it arrives, and what that has cost."""
+"""What a teacher's answers have cost, and the limit that they may."""
 
 from __future__ import annotations
 
-import json
-import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from r4r_graph.caches import open_summary_store
-from r4r_graph.errors import SettingError, TeacherError
-
-NAMESPACE = ("teacher", "answers")
-"""Of the answers in LangGraph's store."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the teacher said, and what it cost."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    reused: bool
-    """Whether it was paid for earlier, or by another call of this run."""
+from r4r_graph.answers import Answer
+from r4r_graph.errors import TeacherError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,64 +30,6 @@ class TokensSpent:
     def total(self) -> int:
         """All tokens, of this run and of earlier ones."""
         return self.prompt + self.completion + self.earlier
-
-
-class AnswersFile:
-    """Paid answers by key, in an SQLite file. Serves any number of threads.
-
-    Every method raises TeacherError when the file cannot be read or written any more: what cannot
-    be kept must not be paid for.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open or make it (mode 0600).
-
-        Raises:
-            SettingError: it cannot be used.
-        """
-        self._path = path
-        try:
-            self._store = open_summary_store(path)
-            self._store.conn.execute("PRAGMA synchronous = FULL")  # they cost money
-        except (SettingError, sqlite3.Error) as error:
-            raise SettingError(
-                f"cannot use {path}, the file of the teacher's answers: {error.__cause__ or error}"
-            ) from None
-
-    def get(self, key: str) -> Answer | None:
-        """What was answered under this key."""
-        with self._guarded():
-            item = self._store.get(NAMESPACE, key)
-        return None if item is None else Answer(**item.value, reused=True)
-
-    def put(self, key: str, answer: Answer) -> None:
-        """Keep an answer; once this returns, a killed process has not lost it."""
-        value = asdict(answer)
-        del value["reused"]
-        with self._guarded():
-            self._store.put(NAMESPACE, key, value, index=False)
-
-    def tokens(self) -> int:
-        """Of all answers and their prompts."""
-        with self._guarded(), self._store.lock:
-            rows = self._store.conn.execute(
-                "SELECT CAST(value AS TEXT) FROM store WHERE prefix = ?", (".".join(NAMESPACE),)
-            )
-            values = [json.loads(value) for (value,) in rows]
-        return sum(value["prompt_tokens"] + value["completion_tokens"] for value in values)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._store.conn.close()
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise TeacherError(
-                f"cannot read or write {self._path}, the file of the teacher's answers: {error}"
-            ) from error
 
 
 class TokenBudget:

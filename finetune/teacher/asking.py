@@ -18,24 +18,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import tenacity
 from langchain_core.language_models import BaseChatModel
 
 from finetune.settings import Recipe, TeacherSettings
-from finetune.teacher.answers import Answer, AnswersFile, TokenBudget, TokensSpent
+from finetune.teacher.answers import TokenBudget, TokensSpent
 from finetune.teacher.providers import (
     ENGINE,
-    answer_in,
-    chat_turns,
     engine_identity,
-    http_status,
-    may_pass,
-    most_prompt_tokens,
-    pause,
     provider_identity,
     provider_model,
+)
+from r4r_graph.answers import Answer, AnswersFile
+from r4r_graph.chat_models import (
+    answer_in,
+    chat_turns,
+    most_prompt_tokens,
     reason_of,
-    unreachable,
+    refusal,
+    tries,
 )
 from r4r_graph.engine.base import Engine, Message
 from r4r_graph.engine.chat import EngineChatModel
@@ -82,7 +82,7 @@ class Teacher:
         self._model = model
         self._settings = settings
         self._owned = owned
-        self._answers = AnswersFile(answers)
+        self._answers = AnswersFile(answers, "teacher", failure=TeacherError)
         self._budget = TokenBudget(settings.token_limit, self._answers.tokens())
         self._pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="teacher")
         self._lock = threading.RLock()
@@ -208,14 +208,7 @@ class Teacher:
         most = most_prompt_tokens(messages) + int(
             (settings | settings.get("extra_body", {}))["max_tokens"]
         )
-        retries = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self._settings.attempts),
-            wait=pause,
-            retry=tenacity.retry_if_exception(may_pass),
-            sleep=tenacity.sleep_using_event(self._closed),
-            reraise=True,
-        )
-        for attempt in retries:
+        for attempt in tries(self._settings.attempts, self._closed):
             with attempt, self._budget.reserved(most) as bill:
                 answer = answer_in(self._model.invoke(turns, **settings), messages)
                 bill.append(answer)
@@ -224,31 +217,21 @@ class Teacher:
 
     def _failed(self, error: Exception) -> TeacherError:
         """What to raise for a call that failed for good."""
-        status, reason = http_status(error), reason_of(error)
-        name = self._settings.model
-        if status in (401, 403) and (status == 401 or not self._budget.spent.calls):
-            return TeacherError(
-                f"the teacher {name} refused the key (HTTP {status}); set the provider's key in "
-                "the environment, such as OPENAI_API_KEY"
-            )
-        if status in (402, 404) or "insufficient_quota" in reason:
-            return TeacherError(f"the teacher {name} cannot be used: {reason}")
-        if status == 429:
-            return TeacherError(
-                f"the teacher {name} is still over its rate limit after "
-                f"{self._settings.attempts} tries: {reason}; lower teacher.concurrency or raise "
-                "teacher.attempts, and start again to continue"
-            )
-        if unreachable(error):
-            return TeacherError(
-                f"the teacher {name} cannot be reached: {reason}; start again to continue"
-            )
+        reason, who = reason_of(error), f"the teacher {self._settings.model}"
+        why = refusal(
+            error,
+            who,
+            answered=self._budget.spent.calls > 0,
+            attempts=self._settings.attempts,
+            section="teacher.",
+        )
+        if why is not None:
+            return TeacherError(why)
         with self._lock:
             self._failed_rows += 1
             if self._failed_rows >= _FAILED_ROWS:
                 return TeacherError(
-                    f"the teacher {name} failed on {_FAILED_ROWS} rows one after the other, "
-                    f"lastly: {reason}"
+                    f"{who} failed on {_FAILED_ROWS} rows one after the other, lastly: {reason}"
                 )
         return AnswerError(reason)
 

@@ -20,16 +20,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.rows import review_source, reviews_to_summarize
+from finetune.domains import domains, has_labels, read_labels, review_source
+from finetune.rows import reviews_to_summarize
 from finetune.settings import Recipe
-from finetune.splits import by_lot, read_targets
+from finetune.splits import read_targets
 from finetune.teacher.answers import TokensSpent
 from finetune.teacher.asking import Teacher, open_teacher, teacher_identity
-from finetune.teacher.labels import fit_summary, label_key, read_answer, read_aspects
+from finetune.teacher.labels import fit_summary, read_answer
 from r4r_graph import prompts
 from r4r_graph.engine.aspects import SECTIONS
 from r4r_graph.engine.base import Engine, Message, TokenMeter
 from r4r_graph.errors import AnswerError, DataError
+from r4r_graph.evaluation.targets import by_lot
+from r4r_graph.evaluation.words.labels import label_key
 from r4r_graph.evidence import DEFAULT_KIND, TokenBudgets, shortened
 from r4r_graph.jobs import (
     Columns,
@@ -61,8 +64,8 @@ SCHEMA = pa.schema(
 class TeacherReport:
     """What labelling has made, and what it cost."""
 
-    path: Path
-    """Where the labels are."""
+    path: Path | None
+    """Where the labels are; None: in the files of several data sets."""
     rows: int
     failed: int
     """Rows without a label, of this run and earlier ones."""
@@ -74,7 +77,7 @@ class TeacherReport:
     """Why rows failed, the most frequent first."""
     seconds: float
     ready_made: bool = False
-    """Whether the labels are those of `teacher.aspects`: nobody was asked."""
+    """Whether the labels were there already: nobody was asked."""
 
 
 def label_aspects(
@@ -105,12 +108,11 @@ def label_aspects(
         InputError: the folder holds labels by another teacher or of other reviews.
     """
     settings = recipe.teacher
-    if settings.aspects is not None:
-        labels = read_aspects(settings.aspects, confident_only=False)
-        nothing = TokensSpent(0, 0, 0, 0)
-        return TeacherReport(
-            settings.aspects, len(labels), 0, len(labels), nothing, None, {}, 0.0, ready_made=True
-        )
+    if has_labels(recipe):
+        files = [domain.aspects for domain in domains(recipe).values() if domain.aspects]
+        path = files[0] if len(files) == 1 else None
+        count, nothing = len(read_labels(recipe, confident_only=False)), TokensSpent(0, 0, 0, 0)
+        return TeacherReport(path, count, 0, count, nothing, None, {}, 0.0, ready_made=True)
     started = time.monotonic()
     rows = reviews_to_label(recipe)
     folder = recipe.folder("labels") / "aspects"

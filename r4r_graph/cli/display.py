@@ -210,4 +210,5 @@ def one_line_json(value: Any) -> str:
 
 
 def _escaped(character: str) -> str:
-    return json.dumps(character)[1:-1]
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -10,17 +10,34 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
+from r4r_graph.cli.evaluate import evaluate
+from r4r_graph.cli.options import (
+    AdaptersOption,
+    BaseOption,
+    BudgetsOption,
+    DeviceOption,
+    HistoryOption,
+    ItemsOption,
+    JsonOption,
+    MismatchOption,
+    RationalesOption,
+    ReadoutOption,
+    ReviewsOption,
+    ScaleOption,
+    SeedOption,
+    checked_knobs,
+    err,
+    load,
+    out,
+    parse_budgets,
+)
 from r4r_graph.errors import EngineError, R4RError, SettingError
 from r4r_graph.schema import unix_seconds
-
-if TYPE_CHECKING:
-    from r4r_graph.recommender import Recommender
 
 app = typer.Typer(
     name="r4r",
@@ -33,37 +50,7 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="What is kept on this machine.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
-
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
-
-ReviewsOption = Annotated[
-    Path, typer.Option(help="Reviews: Parquet, CSV or JSONL (gz too), or a folder of Parquet.")
-]
-ItemsOption = Annotated[
-    Path | None, typer.Option(help="Items: item_id, title, category, description.")
-]
-BaseOption = Annotated[
-    str, typer.Option(help="Base model: smollm2-135m, a directory, or a Hub id.")
-]
-AdaptersOption = Annotated[
-    str | None,
-    typer.Option(help="Folder with summarizer/, reasoner/, predictor/; none: the base model."),
-]
-MismatchOption = Annotated[
-    bool, typer.Option(help="Accept adapters trained on another version of their prompt.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-
-
-HistoryOption = Annotated[int, typer.Option(help="Latest reviews read on each side.")]
-RationalesOption = Annotated[
-    int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
-]
-ReadoutOption = Annotated[str, typer.Option(help="mean, median or mode.")]
-ScaleOption = Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")]
-SeedOption = Annotated[int, typer.Option(help="Decides what is sampled.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")]
+app.command()(evaluate)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,13 +80,14 @@ def rate(
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    budgets: BudgetsOption = None,
     allow_prompt_mismatch: MismatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rate one pair: stars, distribution, and why."""
     from r4r_graph.cli import display
 
-    knobs = _checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    knobs = checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
     if as_of is not None:
         if re.fullmatch(r"\d{4}|\d{8}", as_of):
             raise SettingError(
@@ -107,7 +95,7 @@ def rate(
                 f"{as_of}.0 for seconds"
             )
         unix_seconds(as_of, what="--as-of")
-    recommender = _load(
+    recommender = load(
         reviews,
         items,
         base,
@@ -115,6 +103,7 @@ def rate(
         scale=scale,
         device=device,
         allow_prompt_mismatch=allow_prompt_mismatch,
+        budgets=parse_budgets(budgets),
     )
     with recommender:
         events = recommender.stream(user, item, as_of=as_of, **knobs)
@@ -139,6 +128,7 @@ def bulk(
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    budgets: BudgetsOption = None,
     concurrency: Annotated[int, typer.Option(help="Runs of the graph in flight.")] = 64,
     allow_prompt_mismatch: MismatchOption = False,
 ) -> None:
@@ -147,9 +137,9 @@ def bulk(
     from r4r_graph.cli import display
     from r4r_graph.reviews import load_pairs
 
-    knobs = _checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    knobs = checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
     wanted = load_pairs(pairs)
-    recommender = _load(
+    recommender = load(
         reviews,
         items,
         base,
@@ -157,6 +147,7 @@ def bulk(
         scale=scale,
         device=device,
         allow_prompt_mismatch=allow_prompt_mismatch,
+        budgets=parse_budgets(budgets),
     )
     with recommender, display.progress("ratings", err) as tell:
         report = rate_pairs(
@@ -173,6 +164,7 @@ def summarize(
     adapters: AdaptersOption = None,
     scale: ScaleOption = "1-5",
     device: DeviceOption = None,
+    budgets: BudgetsOption = None,
     concurrency: Annotated[int, typer.Option(help="Reviews in flight.")] = 64,
     allow_prompt_mismatch: MismatchOption = False,
 ) -> None:
@@ -180,7 +172,7 @@ def summarize(
     from r4r_graph.bulk import summarize_reviews
     from r4r_graph.cli import display
 
-    recommender = _load(
+    recommender = load(
         reviews,
         items,
         base,
@@ -188,6 +180,7 @@ def summarize(
         scale=scale,
         device=device,
         allow_prompt_mismatch=allow_prompt_mismatch,
+        budgets=parse_budgets(budgets),
     )
     with recommender, display.progress("summaries", err) as tell:
         report = summarize_reviews(recommender, concurrency=concurrency, on_progress=tell)
@@ -208,7 +201,7 @@ def demo(
     sample = Path(__file__).parents[1] / "_demo"
     out.print("A sample of invented albums, reviewed by invented people.", style="dim")
     out.print("The pair: user mara, item glass-harbour; mara has not reviewed it yet.", style="dim")
-    recommender = _load(sample / "reviews.jsonl", sample / "items.jsonl", base, adapters)
+    recommender = load(sample / "reviews.jsonl", sample / "items.jsonl", base, adapters)
     with recommender:
         display.show_run(recommender.stream("mara", "glass-harbour", seed=seed), out, err)
         out.print("\nThe graph that ran:\n", style="bold")
@@ -293,22 +286,6 @@ def cache_clear(
         count = None
     deleted = caches.clear_cache(base_models=base_models)
     display.show_cleared(deleted, count, out)
-
-
-def _checked_knobs(**knobs: Any) -> dict[str, Any]:
-    """The knobs, refused before a model is loaded where one is out of range."""
-    from r4r_graph.recommender import check_knobs
-
-    check_knobs(knobs)
-    return knobs
-
-
-def _load(*arguments: Any, **settings: Any) -> Recommender:
-    """Load with a spinner on stderr; the log speaks through it."""
-    from r4r_graph.recommender import Recommender
-
-    with err.status("loading reviews and models", spinner="line"):
-        return Recommender.load(*arguments, **settings)
 
 
 def main() -> None:

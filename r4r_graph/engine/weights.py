@@ -111,7 +111,7 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = _device(device)
+    device = pick_device(device)
     on_cuda = device.startswith("cuda")
     dtype = dtype or ("bfloat16" if on_cuda else "float32")
     if dtype not in DTYPES:
@@ -122,7 +122,7 @@ def load_model(
     tokenizer = load_tokenizer(base)
     size = sum(file.stat().st_size for file in weight_files(base.path))
     try:
-        with _quiet() if size <= _SMALL else nullcontext():
+        with quiet() if size <= _SMALL else nullcontext():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 base.path,
                 use_safetensors=True,
@@ -150,7 +150,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 base.path, padding_side="left", local_files_only=True, trust_remote_code=False
             )
@@ -232,7 +232,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     partial_folder = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial_folder, ignore_errors=True)
-        with _quiet():
+        with quiet():
             _write_safetensors(gguf, partial_folder)
         shutil.rmtree(folder, ignore_errors=True)
         partial_folder.replace(folder)
@@ -289,7 +289,7 @@ def _from_hub(name: str) -> BaseModel:
     return _directory(folder, name)
 
 
-def _device(device: str | None) -> str:
+def pick_device(device: str | None) -> str:
     """`device` checked, or the best one here."""
     import torch
 
@@ -323,7 +323,7 @@ def _four_bits(device: str, dtype: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and notes of Transformers; all as before afterwards.
 
     They are switches of the whole process, hence one at a time.

@@ -172,6 +172,16 @@ def floor_predictions(
     Raises:
         DataError: there are no training rows, or a target is one of them.
     """
+    check_apart(targets, train)
+    return Floors.fit(train, source).predict(HistoryStats.of(targets, source))
+
+
+def check_apart(targets: Sequence[Review], train: Sequence[Review]) -> None:
+    """Refuse to fit on what is to be predicted.
+
+    Raises:
+        DataError: a target is a training row too.
+    """
     fitted_on = {_pair(review) for review in train}
     if seen := [target for target in targets if _pair(target) in fitted_on]:
         first = seen[0]
@@ -179,7 +189,6 @@ def floor_predictions(
             f"{len(seen)} of the {len(targets)} targets are training rows of the floors too (the "
             f"review of {first.item_id} by {first.user_id}); keep the two apart"
         )
-    return Floors.fit(train, source).predict(HistoryStats.of(targets, source))
 
 
 def _pair(review: Review) -> tuple[str, str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.rejection.leaks import form_faults, is_well_formed, leaks, screens_digest
+from r4r_graph.evaluation.words.leaks import form_faults, is_well_formed, leaks, screens_digest
 from r4r_graph.ratings import RatingScale
 
 LEAKS = [
@@ -257,5 +257,5 @@ def test_the_longest_length_is_a_setting() -> None:
 def test_the_digest_tells_screens_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     before = screens_digest()
     assert before == screens_digest()
-    monkeypatch.setattr("finetune.rejection.leaks.FEWEST_WORDS", 9)
+    monkeypatch.setattr("r4r_graph.evaluation.words.leaks.FEWEST_WORDS", 9)
     assert screens_digest() != before

@@ -1,0 +1,88 @@
+"""What the commands share: their options, their consoles, and how models are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from r4r_graph.errors import SettingError
+
+if TYPE_CHECKING:
+    from r4r_graph.evidence import TokenBudgets
+    from r4r_graph.recommender import Recommender
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+ReviewsOption = Annotated[
+    Path, typer.Option(help="Reviews: Parquet, CSV or JSONL (gz too), or a folder of Parquet.")
+]
+ItemsOption = Annotated[
+    Path | None, typer.Option(help="Items: item_id, title, category, description.")
+]
+BaseOption = Annotated[
+    str, typer.Option(help="Base model: smollm2-135m, a directory, or a Hub id.")
+]
+AdaptersOption = Annotated[
+    str | None,
+    typer.Option(help="Folder with summarizer/, reasoner/, predictor/; none: the base model."),
+]
+MismatchOption = Annotated[
+    bool, typer.Option(help="Accept adapters trained on another version of their prompt.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+HistoryOption = Annotated[int, typer.Option(help="Latest reviews read on each side.")]
+RationalesOption = Annotated[
+    int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
+]
+ReadoutOption = Annotated[str, typer.Option(help="mean, median or mode.")]
+ScaleOption = Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")]
+SeedOption = Annotated[int, typer.Option(help="Decides what is sampled.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option(help="Token budgets the adapters were trained with, as review=224,side=256."),
+]
+
+
+def checked_knobs(**knobs: Any) -> dict[str, Any]:
+    """The knobs, refused before a model is loaded where one is out of range."""
+    from r4r_graph.recommender import check_knobs
+
+    check_knobs(knobs)
+    return knobs
+
+
+def parse_budgets(text: str | None) -> TokenBudgets | None:
+    """Token budgets from `review=224,side=256`; what is not named keeps its default.
+
+    Raises:
+        SettingError: an unknown budget, no number, or one too small.
+    """
+    from r4r_graph.evidence import TokenBudgets
+
+    if text is None:
+        return None
+    budgets: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in TokenBudgets.__dataclass_fields__ or not number.isdecimal():
+            known = ", ".join(TokenBudgets.__dataclass_fields__)
+            raise SettingError(
+                f"bad --budgets {part.strip()!r}: write name=tokens, the names being {known}"
+            )
+        budgets[name] = int(number)
+    return TokenBudgets(**budgets)
+
+
+def load(*arguments: Any, **settings: Any) -> Recommender:
+    """Load with a spinner on stderr; the log speaks through it."""
+    from r4r_graph.recommender import Recommender
+
+    with err.status("loading reviews and models", spinner="line"):
+        return Recommender.load(*arguments, **settings)
