@@ -20,9 +20,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def _fenced(page: str) -> list[tuple[str, str]]:
+    """Language and body of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
 def _blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [body for tag, body in fenced if tag == language]
+    return [body for tag, body in _fenced(README) if tag == language]
 
 
 def test_the_readme_draws_the_graph_that_runs() -> None:
@@ -79,3 +83,33 @@ def test_documents_link_to_files_that_exist() -> None:
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_evaluation_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its Python, on a small set, with predictions that the fake engine made."""
+    from r4r_graph import Recommender
+    from r4r_graph.bulk import rate_pairs
+    from tests.tiny_reviews import make_reviews, write_reviews
+
+    rows = sorted(make_reviews(), key=lambda row: row["timestamp"])
+    write_reviews(tmp_path / "reviews.parquet", rows)
+    write_reviews(tmp_path / "test.parquet", rows[-12:])
+    monkeypatch.chdir(tmp_path)
+    with Recommender.load("reviews.parquet", engine=fake_engine()) as recommender:
+        rate_pairs(recommender, "test.parquet", "ratings")
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [block] = [body for tag, body in _fenced(page) if tag == "python"]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["report"].facts.rows == 12
+    assert (tmp_path / "evaluation" / "report.html").is_file()
+
+
+def test_the_evaluation_page_names_only_what_exists() -> None:
+    from r4r_graph.evaluation.probes import CONDITIONS
+
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= options
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(CONDITIONS)

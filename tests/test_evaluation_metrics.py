@@ -255,3 +255,45 @@ def test_columns_that_do_not_pair() -> None:
         paired_difference(array(1, 2), array(1))
     with pytest.raises(DataError, match=r"columns of \[0\] rows"):
         bootstrap(mean, np.zeros(0))
+
+
+# Against other libraries -------------------------------------------------------------------------
+
+
+def some_points(rows: int = 200) -> tuple[Any, Any, Any]:
+    dice = np.random.default_rng(5)
+    truths = dice.integers(1, 6, rows).astype(float)
+    return truths, *(np.clip(truths + dice.normal(0, s, rows), 1, 5) for s in (0.7, 1.0))
+
+
+def test_errors_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import log_loss, mean_absolute_error, root_mean_squared_error
+
+    truths, points, _ = some_points()
+    scores = score_points(truths, points, FIVE, resamples=10)
+    assert scores.mae.value == pytest.approx(mean_absolute_error(truths, points))
+    assert scores.rmse.value == pytest.approx(root_mean_squared_error(truths, points))
+    shares = np.random.default_rng(6).dirichlet(np.ones(5), len(truths))
+    nll = score(truths, shares, FIVE, resamples=10).nll.value
+    assert nll == pytest.approx(log_loss(truths, shares, labels=[1, 2, 3, 4, 5]))
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    """Two bootstraps draw different rows; with many resamples their ends agree closely."""
+    from scipy import stats
+
+    truths, points, others = some_points()
+    wrong, worse = errors(truths, points, FIVE), errors(truths, others, FIVE)
+    mine = paired_difference(wrong, worse, root_mean_square, resamples=8000)
+
+    def difference(a: Any, b: Any, axis: int = -1) -> Any:
+        return np.sqrt(np.mean(a * a, axis=axis)) - np.sqrt(np.mean(b * b, axis=axis))
+
+    theirs = stats.bootstrap(
+        (wrong, worse), difference, paired=True, method="percentile", n_resamples=8000,
+        vectorized=True, rng=np.random.default_rng(7),
+    ).confidence_interval  # fmt: skip
+    width = theirs.high - theirs.low
+    assert mine.value == pytest.approx(difference(wrong, worse))
+    assert mine.low == pytest.approx(theirs.low, abs=0.04 * width)
+    assert mine.high == pytest.approx(theirs.high, abs=0.04 * width)
