@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from r4r_graph.engine import aspects
-from r4r_graph.engine.aspects import closing, format_aspects, in_phrase, parse_aspects
+from r4r_graph.engine.aspects import closing, format_aspects, in_phrase, parse_aspects, repeats
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
-from r4r_graph.engine.decoding import Grammars, RatingReadout
+from r4r_graph.engine.decoding import AspectDecoder, Grammars, RatingReadout
 from r4r_graph.errors import ModelError
 from r4r_graph.ratings import RatingScale
 from r4r_graph.schema import AspectSummary
@@ -173,6 +173,40 @@ def test_the_automaton_takes_every_beginning_and_its_closing(
         partial = text[:at]
         tokens = [*found.spell(partial), *found.spell(closing(partial)), found.new_line]
         assert walk(index, tokens) is not None, partial
+
+
+def test_which_beginnings_repeat_a_phrase() -> None:
+    for partial, repeated in {
+        "": False,
+        "posi": False,
+        "positive: ": False,
+        "positive: warm voice": False,
+        "positive: warm voice; warm": False,
+        "positive: warm voice; Warm voice ": True,
+        "positive: warm voice; warm voices": False,
+        "positive: a; b; a": True,
+        "positive: a; ": False,
+        "positive: a\nnegative: a": False,
+        "positive: a\nnegative: b; c; b.": True,
+    }.items():
+        assert repeats(partial) == repeated, partial
+
+
+def test_a_repeated_phrase_ends_its_list(tiny_engine: BatchingEngine) -> None:
+    """In each of the lists, whichever the phrase repeats; the next list begins anew."""
+    found = grammars(tiny_engine)
+    width = max(found.token_text) + 1
+    decoder = AspectDecoder(found, width, budget=500)
+    for header, ends in (("positive: ", 0), ("\nnegative: ", 0), ("\nvalues: ", 1)):
+        for token in found.spell(f"{header}warm voice; long; warm voice"):
+            assert decoder.allowed()[token]
+            decoder.advance(token)
+        allowed = decoder.allowed()
+        assert not allowed[found.separators].any()
+        assert allowed[found.eos] if ends else allowed[found.new_line]
+        assert allowed[found.token_of["s"]], "another phrase may begin with it"
+    decoder.advance(found.token_of["s"])
+    assert decoder.allowed()[found.separators].any()
 
 
 def test_spelling(tiny_engine: BatchingEngine) -> None:

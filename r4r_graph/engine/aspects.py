@@ -85,6 +85,14 @@ def in_phrase(partial: str) -> bool:
     return len(line) > len(f"{SECTIONS[len(lines) - 1]}: ") and not line.endswith((";", "; "))
 
 
+def repeats(partial: str) -> bool:
+    """Whether the phrase that `partial` ends in stands in its list already."""
+    line = partial.rpartition("\n")[2]
+    _, _, body = line.partition(": ")
+    *earlier, last = (phrase.strip(" .,").lower() for phrase in body.split(";"))
+    return bool(last) and last in earlier
+
+
 def _phrases(raw: Iterable[str]) -> tuple[str, ...]:
     kept: dict[str, str] = {}
     for phrase in raw:

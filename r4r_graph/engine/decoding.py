@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 MAX_PHRASE_TOKENS = 12
 """A phrase that runs on is ended here."""
 
-GRAMMAR_FACTS = (aspects.GRAMMAR_VERSION, aspects.GRAMMAR, MAX_PHRASE_TOKENS)
+REPEATS = "a repeated phrase ends its list"
+"""Small models repeat a phrase until the budget is gone, and have no tokens left for the lists
+after it. The parser drops the repeat."""
+
+GRAMMAR_FACTS = (aspects.GRAMMAR_VERSION, aspects.GRAMMAR, MAX_PHRASE_TOKENS, REPEATS)
 """What decides the form of an aspect summary; part of the summary cache's key."""
 
 
@@ -70,6 +74,11 @@ class Grammars:
         """Tokens that end a phrase: those that begin with `;` or a new line, and the end token."""
         ends = [i for i, text in self.token_text.items() if text.startswith((";", "\n"))]
         return [*ends, self.eos]
+
+    @cached_property
+    def separators(self) -> list[int]:
+        """Tokens that end a phrase and begin another one."""
+        return [i for i, text in self.token_text.items() if text.startswith(";")]
 
     @cached_property
     def line_ends(self) -> list[int]:
@@ -155,6 +164,8 @@ class AspectDecoder:
                 only[token] = True
                 return only
             self._closing = []
+        if aspects.repeats(self._text):
+            mask[self._grammars.separators] = False
         if self._phrase_tokens >= MAX_PHRASE_TOKENS and aspects.in_phrase(self._text):
             ends = torch.zeros_like(mask)
             ends[self._grammars.boundaries] = True
