@@ -38,6 +38,8 @@ class CardFacts:
     """What it is: one of the three experts, or `reward`."""
     base: BaseModel
     settings: Mapping[str, Any]
+    trained_with: Mapping[str, Any]
+    """`history` and `budgets`, by which it is asked at inference."""
     data: Mapping[str, Any]
     """Counts and fingerprints."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +58,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         "base_model": facts.base.name,
         "base_digest": facts.base.digest,
         "prompt": {"name": info.name, "version": info.version, "digest": info.digest},
+        "trained_with": dict(facts.trained_with),
     }
     _write_json(folder / "r4r.json", note)
     tables = {title: list(rows) for title, rows in facts.tables}
@@ -79,6 +82,7 @@ def _card(facts: CardFacts, digest: str, version: int) -> str:
         "|---|---|",
         f"| base model | {facts.base.name}, digest `{facts.base.digest}` |",
         f"| prompt | `{facts.expert}` version {version}, digest `{digest}` |",
+        f"| reads | the latest {facts.trained_with['history']} reviews of either side |",
         *(f"| {name} | {_shown(value)} |" for name, value in facts.data.items()),
         "",
         "## Results",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -296,6 +296,11 @@ class Recipe(_Strict):
     def rating_scale(self) -> RatingScale:
         """The parsed scale."""
         return RatingScale.parse(self.scale)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """How the experts are asked, for what lies beside an adapter."""
+        return {"history": self.history, "budgets": asdict(self.token_budgets)}
 
     @property
     def token_budgets(self) -> TokenBudgets:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from r4r_graph.experts import Experts
     from r4r_graph.graph import Knobs, build_graph
     from r4r_graph.ratings import RatingDistribution, RatingScale
-    from r4r_graph.recommender import RationaleToken, Recommender, SummaryProgress
+    from r4r_graph.recommender import Question, RationaleToken, Recommender, SummaryProgress
     from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+    from r4r_graph.runs import list_runs, open_runs
     from r4r_graph.schema import AspectSummary, Item, Recommendation, Review
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "Experts": "experts",
     "Item": "schema",
     "Knobs": "graph",
+    "Question": "recommender",
     "R4RError": "errors",
     "RatingDistribution": "ratings",
     "RatingScale": "ratings",
@@ -39,9 +41,11 @@ _HOMES = {
     "TokenBudgets": "evidence",
     "build_graph": "graph",
     "fake_engine": "engine",
+    "list_runs": "runs",
     "load_items": "reviews",
     "load_local_engine": "engine",
     "load_reviews": "reviews",
+    "open_runs": "runs",
 }
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "Experts",
     "Item",
     "Knobs",
+    "Question",
     "R4RError",
     "RatingDistribution",
     "RatingScale",
@@ -63,9 +68,11 @@ __all__ = [
     "TokenBudgets",
     "build_graph",
     "fake_engine",
+    "list_runs",
     "load_items",
     "load_local_engine",
     "load_reviews",
+    "open_runs",
 ]
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from r4r_graph.errors import InputError, R4RError
+from r4r_graph.errors import InputError, R4RError, SettingError
 from r4r_graph.jobs import Columns, JobProgress, JobReport, OnProgress, digest_rows, run_job
 from r4r_graph.recommender import Recommender, check_knobs
 from r4r_graph.reviews import TableReviewSource, load_pairs
@@ -43,6 +43,9 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of every part. A row that failed has its reason in `error` and no rating."""
+
+_OF_ONE_RUN = ("ask", "ask_below", "influence", "record")
+"""Knobs that change no column."""
 
 
 def rate_pairs(
@@ -72,9 +75,12 @@ def rate_pairs(
 
     Raises:
         DataError: the pairs cannot be read.
+        SettingError: a knob is out of range, or asks a person.
         InputError: the folder holds another job, or another process is at work in it.
     """
-    check_knobs(knobs)
+    settings = check_knobs(knobs)
+    if settings.ask or settings.ask_below:
+        raise SettingError("a bulk run can ask nobody: leave out ask and ask_below")
     rows = load_pairs(pairs) if isinstance(pairs, str | os.PathLike) else list(pairs)
 
     async def rate(pair: Pair) -> Columns:
@@ -160,6 +166,8 @@ def _manifest(
     """What makes two runs the same job."""
     model = recommender.experts.model_card()
     settings = asdict(check_knobs(knobs))
+    for name in _OF_ONE_RUN:
+        del settings[name]
     return {
         "columns": SCHEMA.names,
         "pairs": len(rows),

@@ -1,7 +1,7 @@
-"""Where things are kept between runs: summaries of people's reviews, and converted base models.
+"""Where things are kept: summaries of people's reviews, runs, and converted base models.
 
 Everything lies under one folder, the platform's cache folder for `r4r-graph` or `R4R_CACHE_DIR`.
-Deleting it is always safe: whatever is missing is made again.
+Deleting it is always safe: summaries and base models are made again, and runs are forgotten.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from r4r_graph.errors import SettingError
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 SUMMARY_NAMESPACE = ("r4r", "summaries")
 """First parts of the namespace of every summary in the store."""
+
+_T = TypeVar("_T")
+
+_TABLES = {"summaries": ("store",), "runs": ("checkpoints", "writes")}
+"""What is emptied of a database that cannot be unlinked."""
 
 _BUSY_SECONDS = 30.0
 _LOCK_SECONDS = 600.0
@@ -35,7 +40,7 @@ class CacheEntry:
     """Something that is kept on disk."""
 
     name: str
-    """What it is: `summaries`, or `base model` and its folder's name."""
+    """What it is: `summaries`, `runs`, or `base model` and its folder's name."""
     path: Path
     bytes: int
     """Size on disk, side files included."""
@@ -68,6 +73,15 @@ def summary_store_path() -> Path:
     return cache_dir() / "summaries.sqlite"
 
 
+def runs_path() -> Path:
+    """The SQLite file that holds the runs of the command line; it need not exist.
+
+    Raises:
+        SettingError: see `cache_dir`.
+    """
+    return cache_dir() / "runs.sqlite"
+
+
 def base_models_dir() -> Path:
     """The folder of converted base models, one subfolder a model; made when it is not there.
 
@@ -87,26 +101,28 @@ def digests_path() -> Path:
 
 
 def cache_info() -> list[CacheEntry]:
-    """What is kept at present: the summaries first, then each base model.
+    """What is kept at present: the summaries first, then the runs, then each base model.
 
     Raises:
         SettingError: see `cache_dir`.
     """
     entries = []
-    summaries = summary_store_path()
-    if files := _with_side_files(summaries):
-        size = sum(file.stat().st_size for file in files)
-        entries.append(CacheEntry("summaries", summaries, size, holds_reviews=True))
+    for name, path in (("summaries", summary_store_path()), ("runs", runs_path())):
+        if files := _with_side_files(path):
+            size = sum(file.stat().st_size for file in files)
+            entries.append(CacheEntry(name, path, size, holds_reviews=True))
     for folder in sorted(p for p in base_models_dir().iterdir() if p.is_dir()):
         entries.append(CacheEntry(f"base model {folder.name}", folder, _size(folder), False))
     return entries
 
 
-def clear_cache(*, summaries: bool = True, base_models: bool = False) -> list[CacheEntry]:
+def clear_cache(
+    *, summaries: bool = True, runs: bool = True, base_models: bool = False
+) -> list[CacheEntry]:
     """Delete what is kept; returns what was deleted.
 
-    Summaries that another process has open are emptied rather than unlinked, so that they are
-    gone from that process, too. A base model in use stays readable there until it is closed
+    Summaries and runs that another process has open are emptied rather than unlinked, so that they
+    are gone from that process, too. A base model in use stays readable there until it is closed
     (on Windows its files cannot be deleted while they are in use).
 
     Raises:
@@ -114,12 +130,12 @@ def clear_cache(*, summaries: bool = True, base_models: bool = False) -> list[Ca
     """
     deleted = []
     for entry in cache_info():
-        if not (summaries if entry.holds_reviews else base_models):
+        if not {"summaries": summaries, "runs": runs}.get(entry.name, base_models):
             continue
         try:
             with locked(entry.path if entry.holds_reviews else base_models_dir()):
                 if entry.holds_reviews:
-                    _delete_summaries(entry.path)
+                    _delete_database(entry.path, _TABLES[entry.name])
                 else:
                     _delete_folder(entry.path)
         except (OSError, sqlite3.Error) as error:
@@ -157,7 +173,7 @@ def count_summaries(path: Path | None = None) -> int:
             )
             return int(rows.fetchone()[0])
     except sqlite3.Error as error:
-        raise _unusable_store(path, error) from error
+        raise unusable(path, "summary store", error) from error
 
 
 def open_summary_store(path: Path | None = None) -> SqliteStore:
@@ -178,28 +194,48 @@ def open_summary_store(path: Path | None = None) -> SqliteStore:
     else:
         path = path.expanduser().absolute()
         _made(path.parent)
+
+    def set_up(connection: sqlite3.Connection) -> SqliteStore:
+        store = SqliteStore(connection)
+        store.setup()
+        return store
+
+    return open_database(path, "summary store", set_up, isolation_level=None, factory=_Connection)
+
+
+def open_database(
+    path: Path, name: str, set_up: Callable[[sqlite3.Connection], _T], **settings: Any
+) -> _T:
+    """A SQLite file that holds people's reviews, made (mode 0600) when it is not there.
+
+    What is committed survives the process at once, and a power cut from a moment later; what is
+    deleted is overwritten. A write waits up to 30 seconds for another process.
+
+    Args:
+        path: the file.
+        name: what it is, for errors.
+        set_up: makes the tables and returns what the caller wants; one process at a time.
+        settings: of `sqlite3.connect`.
+
+    Raises:
+        SettingError: the file is damaged, is no SQLite database, or cannot be opened or made.
+    """
     # Two processes that set up one new file would both run the first migration.
     with locked(path):
         connection: sqlite3.Connection | None = None
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             connection = sqlite3.connect(
-                path,
-                check_same_thread=False,
-                isolation_level=None,
-                timeout=_BUSY_SECONDS,
-                factory=_Connection,
+                path, check_same_thread=False, timeout=_BUSY_SECONDS, **settings
             )
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA secure_delete = ON")
-            store = SqliteStore(connection)
-            store.setup()
+            return set_up(connection)
         except (OSError, sqlite3.Error) as error:
             if connection is not None:
                 connection.close()
-            raise _unusable_store(path, error) from error
-    return store
+            raise unusable(path, name, error) from error
 
 
 @contextmanager
@@ -276,18 +312,18 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _unusable_store(path: Path, error: Exception) -> SettingError:
+def unusable(path: Path, name: str, error: Exception) -> SettingError:
+    """What to say of a database that cannot be opened, read or written."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return SettingError(f"cannot open the summary store {path}: {error}; {_ELSEWHERE}")
-    mend = "`r4r cache clear` deletes it" if path == summary_store_path() else "delete that file"
-    return SettingError(
-        f"the summary store {path} is damaged ({error}); {mend}, and summaries are made again"
-    )
+        return SettingError(f"cannot open the {name} {path}: {error}; {_ELSEWHERE}")
+    ours = path in (summary_store_path(), runs_path())
+    mend = "`r4r cache clear` deletes it" if ours else "delete that file"
+    return SettingError(f"the {name} {path} is damaged ({error}); {mend}, and a new one is made")
 
 
-def _delete_summaries(path: Path) -> None:
-    """Unlink the store, or empty it while others have it open. The caller holds its lock."""
+def _delete_database(path: Path, tables: tuple[str, ...]) -> None:
+    """Unlink it, or empty its tables while others have it open. The caller holds its lock."""
     if not _open_elsewhere(path):
         for file in _with_side_files(path):
             file.unlink()
@@ -296,13 +332,14 @@ def _delete_summaries(path: Path) -> None:
     # side files of whichever store is made next under this name.
     with closing(sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
-        connection.execute("DELETE FROM store")
+        for table in tables:
+            connection.execute(f"DELETE FROM {table}")
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _open_elsewhere(path: Path) -> bool:
-    """Whether another connection has the store open: only a lone one may leave WAL mode."""
+    """Whether another connection has the file open: only a lone one may leave WAL mode."""
     with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as connection:
         try:
             mode = connection.execute("PRAGMA journal_mode = DELETE").fetchone()[0]

@@ -3,6 +3,7 @@
 R4RError
 ├── InputError               something passed in is wrong; exit code 2 on the command line
 │   ├── DataError            a file, a column, a row, a rating off the scale, a bad timestamp
+│   ├── UnknownRunError      no run is kept under this thread id
 │   ├── UnknownPairError     neither the user nor the item is known, and no history was passed
 │   └── SettingError         an argument, a knob or an environment variable out of range
 ├── ModelError               the base model or an adapter cannot be used
@@ -19,10 +20,14 @@ R4RError
 │   ├── MemoryExhaustedError memory of the device ran out; names the setting to lower
 │   └── TeacherError         the teacher cannot be used, or its token limit is reached
 │       └── AnswerError      the teacher kept failing on one row; recorded, the others go on
+├── RunPausedError           the run waits for a person's answer; it goes on when it is resumed
 └── MissingExtraError        an optional dependency is not installed
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 __all__ = [
     "AdapterMismatchError",
@@ -41,10 +46,12 @@ __all__ = [
     "PromptMismatchError",
     "R4RError",
     "RequestError",
+    "RunPausedError",
     "SettingError",
     "TeacherError",
     "TrainingError",
     "UnknownPairError",
+    "UnknownRunError",
     "is_retryable",
 ]
 
@@ -66,6 +73,10 @@ class DataError(InputError):
 
 class UnknownPairError(InputError, LookupError):
     """Neither the user nor the item appears anywhere, and no history was passed."""
+
+
+class UnknownRunError(InputError, LookupError):
+    """No run is kept under this thread id."""
 
 
 class SettingError(InputError):
@@ -128,6 +139,20 @@ class TeacherError(TrainingError):
 
 class AnswerError(TeacherError):
     """The teacher kept failing on one row."""
+
+
+class RunPausedError(R4RError):
+    """The run waits for a person; nothing is lost. `question` says what is asked, and
+    `thread_id` under which thread it goes on."""
+
+    def __init__(self, question: Mapping[str, Any], thread_id: str) -> None:
+        answers = " or ".join(map(repr, question.get("answers", ())))
+        super().__init__(
+            f"run {thread_id} waits for a person's answer about the {question.get('about')}: "
+            f"resume it with {answers}"
+        )
+        self.question = question
+        self.thread_id = thread_id
 
 
 class MissingExtraError(R4RError, ImportError):

@@ -15,6 +15,10 @@ from r4r_graph.schema import AspectSummary, Item, ReviewAspects, Truncation, pla
 DEFAULT_KIND = "item"
 """Names the kind of thing where an item has no category."""
 
+SHRINKAGE = 5.0
+"""Ratings at the mean that are added to a side's own, for `Evidence.expected`. Of 1 to 20 for
+either side, 5 and 5 was within 0.005 RMSE of the best pair on a dense and on a sparse data set."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBudgets:
@@ -50,6 +54,21 @@ class Evidence:
     item_reviews: tuple[ReviewAspects, ...]
     user_stats: RatingStats
     item_stats: RatingStats
+    overall: float | None = None
+    """Mean of all earlier ratings by anyone of anything; None where no review source knows it."""
+
+    @property
+    def expected(self) -> float | None:
+        """What the averages alone suggest: the overall mean, plus how far user and item lie from
+        it, each drawn towards 0 as if `SHRINKAGE` more ratings stood at the mean (the floor
+        `shrunk_bias`, with constants that are not fitted to the data)."""
+        if self.overall is None:
+            return None
+        return self.overall + sum(
+            stats.count / (stats.count + SHRINKAGE) * (stats.mean - self.overall)
+            for stats in (self.user_stats, self.item_stats)
+            if stats.mean is not None
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,6 +78,7 @@ class Evidence:
             "item_reviews": [review.to_dict() for review in self.item_reviews],
             "user_stats": self.user_stats.to_dict(),
             "item_stats": self.item_stats.to_dict(),
+            "overall": self.overall,
         }
 
     @classmethod
@@ -70,6 +90,7 @@ class Evidence:
             tuple(map(ReviewAspects.from_dict, row["item_reviews"])),
             RatingStats(**row["user_stats"]),
             RatingStats(**row["item_stats"]),
+            row.get("overall"),
         )
 
     def without_texts(self) -> Self:
@@ -117,6 +138,7 @@ def evidence_inputs(evidence: Evidence) -> dict[str, Any]:
         "item_reviews": [_line_inputs(review) for review in evidence.item_reviews],
         "user_stats": evidence.user_stats.to_dict(),
         "item_stats": evidence.item_stats.to_dict(),
+        "expected": evidence.expected,
     }
 
 

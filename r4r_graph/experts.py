@@ -16,7 +16,9 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
+from langgraph.constants import TAG_NOSTREAM
 from langgraph.store.base import BaseStore
 
 from r4r_graph import prompts
@@ -47,6 +49,14 @@ from r4r_graph.summaries import SummaryCache
 
 Messages = tuple[Message, Message, Message]
 """The three turns of an expert's prompt: system, context, task."""
+
+RatingCase = tuple[Evidence, str | None]
+"""What the predictor rates: evidence, and a rationale or none."""
+
+_Call = tuple[list[BaseMessage], dict[str, Any]]
+
+_MOST_THREADS = 64
+"""That wait for the chat model at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +169,13 @@ class Reasoner:
         self._meter = meter
         self._budgets = budgets
 
-    def messages(self, evidence: Evidence) -> list[BaseMessage]:
+    def turns(self, evidence: Evidence) -> Messages:
         """The prompt. It holds no rating of any kind."""
-        system, context, task = reasoner_prompt(evidence, self._meter)
+        return reasoner_prompt(evidence, self._meter)
+
+    def messages(self, evidence: Evidence) -> list[BaseMessage]:
+        """The prompt, as chat models take it."""
+        system, context, task = self.turns(evidence)
         return [
             SystemMessage(system.content),
             HumanMessage(context.content),
@@ -169,35 +183,60 @@ class Reasoner:
         ]
 
     def write(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
-        """One rationale a seed, in the seeds' order."""
-        messages = self.messages(evidence)
-        settings = self._settings(sampling)
-        if len(settings) == 1:
-            return [_rationale(self._model.invoke(messages, **settings[0]))]
-        with get_executor_for_config({"max_concurrency": len(settings)}) as pool:
-            answers = pool.map(lambda each: self._model.invoke(messages, **each), settings)
-            return list(map(_rationale, answers))
+        """One rationale a seed, in the seeds' order. Their tokens are streamed."""
+        return self._answers(self._calls([evidence], sampling))
 
     async def awrite(self, evidence: Evidence, sampling: Sampling = Sampling()) -> list[Rationale]:
         """As `write`."""
-        messages = self.messages(evidence)
+        return await self._aanswers(self._calls([evidence], sampling))
+
+    def write_each(
+        self, evidences: Sequence[Evidence], sampling: Sampling
+    ) -> list[list[Rationale]]:
+        """As `write` for each evidence, all at once; these tokens are in no stream."""
+        return _parted(self._answers(self._calls(evidences, sampling, silent=True)), sampling)
+
+    async def awrite_each(
+        self, evidences: Sequence[Evidence], sampling: Sampling
+    ) -> list[list[Rationale]]:
+        """As `write_each`."""
+        calls = self._calls(evidences, sampling, silent=True)
+        return _parted(await self._aanswers(calls), sampling)
+
+    def _calls(
+        self, evidences: Sequence[Evidence], sampling: Sampling, *, silent: bool = False
+    ) -> list[_Call]:
+        """What the model is called with, once an evidence and seed."""
+        count = len(evidences) * len(sampling.seeds)
+        calls: list[_Call] = []
+        for messages in map(self.messages, evidences):
+            for number, seed in enumerate(sampling.seeds, start=sampling.first):
+                config = RunnableConfig(metadata={"rationale": number})
+                if silent:
+                    config["tags"] = [TAG_NOSTREAM]
+                settings = {
+                    "config": config,
+                    "max_tokens": self._budgets.rationale,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "seed": seed,
+                    "siblings": count,
+                }
+                calls.append((messages, settings))
+        return calls
+
+    def _answers(self, calls: Sequence[_Call]) -> list[Rationale]:
+        if len(calls) < 2:
+            return [_rationale(self._model.invoke(each, **settings)) for each, settings in calls]
+        with get_executor_for_config({"max_concurrency": min(len(calls), _MOST_THREADS)}) as pool:
+            answers = pool.map(lambda call: self._model.invoke(call[0], **call[1]), calls)
+            return list(map(_rationale, answers))
+
+    async def _aanswers(self, calls: Sequence[_Call]) -> list[Rationale]:
         answers = await asyncio.gather(
-            *(self._model.ainvoke(messages, **each) for each in self._settings(sampling))
+            *(self._model.ainvoke(each, **settings) for each, settings in calls)
         )
         return list(map(_rationale, answers))
-
-    def _settings(self, sampling: Sampling) -> list[dict[str, Any]]:
-        return [
-            {
-                "config": {"metadata": {"rationale": number}},
-                "max_tokens": self._budgets.rationale,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "seed": seed,
-                "siblings": len(sampling.seeds),
-            }
-            for number, seed in enumerate(sampling.seeds, start=sampling.first)
-        ]
 
 
 class Predictor:
@@ -221,14 +260,22 @@ class Predictor:
 
     def rate(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateResult]:
         """One distribution a rationale."""
-        return self._engine.rate(self._requests(evidence, rationales))
+        return self.rate_cases([(evidence, text) for text in rationales])
 
     async def arate(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateResult]:
         """As `rate`."""
-        return await self._engine.arate(self._requests(evidence, rationales))
+        return await self.arate_cases([(evidence, text) for text in rationales])
 
-    def _requests(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateRequest]:
-        return [self.request(evidence, text, len(rationales)) for text in rationales]
+    def rate_cases(self, cases: Sequence[RatingCase]) -> list[RateResult]:
+        """One distribution a case, in one call of the engine."""
+        return self._engine.rate(self._requests(cases))
+
+    async def arate_cases(self, cases: Sequence[RatingCase]) -> list[RateResult]:
+        """As `rate_cases`."""
+        return await self._engine.arate(self._requests(cases))
+
+    def _requests(self, cases: Sequence[RatingCase]) -> list[RateRequest]:
+        return [self.request(evidence, text, len(cases)) for evidence, text in cases]
 
 
 @dataclass(frozen=True)
@@ -307,8 +354,10 @@ def predictor_prompt(
     budgets: TokenBudgets,
 ) -> Messages:
     """The predictor's turns; without a rationale the prompt has no place for one."""
+    expected = evidence.expected
     inputs = {
         **evidence_inputs(evidence),
+        "expected": None if expected is None else min(max(expected, scale.low), scale.high),
         "rationale": shortened(rationale or "", meter, budgets.rationale)[0],
         "labels": list(scale.labels),
     }
@@ -334,6 +383,12 @@ def _parsed(text: str) -> dict[str, Any]:
         return aspects.parse_aspects(text).to_dict()
     except ValueError as error:
         raise EngineFailure(f"the engine left the summarizer's format: {error}") from error
+
+
+def _parted(drawn: Sequence[Rationale], sampling: Sampling) -> list[list[Rationale]]:
+    """Those of each evidence by themselves."""
+    size = len(sampling.seeds)
+    return [list(drawn[at : at + size]) for at in range(0, len(drawn), size)]
 
 
 def _rationale(answer: AIMessage) -> Rationale:

@@ -9,61 +9,57 @@ print(result.rating, result.rationale)
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.store.base import BaseStore
-from langgraph.types import Checkpointer, StreamMode
+from langgraph.types import Checkpointer, StateSnapshot
 
+from r4r_graph import forks, runs
 from r4r_graph.engine.base import Engine
 from r4r_graph.errors import SettingError
+from r4r_graph.events import (
+    MODES,
+    Answer,
+    Event,
+    Events,
+    Question,
+    RationaleToken,
+    SummaryProgress,
+    ended,
+)
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.experts import Experts
 from r4r_graph.graph import Knobs, RatingGraph, RatingInput, build_graph
-from r4r_graph.prompts import EXPERT_PROMPTS, prompt_digests
+from r4r_graph.graph.state import Influences, check_knobs
+from r4r_graph.loading import PathLike, budgets_of, local_engine, review_source
 from r4r_graph.ratings import RatingScale, Readout
-from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+from r4r_graph.reviews import ReviewSource
 from r4r_graph.schema import Item, Recommendation, Review, unix_seconds
 
 if TYPE_CHECKING:
     from langgraph.store.sqlite import SqliteStore
 
+__all__ = [
+    "Answer",
+    "Event",
+    "Question",
+    "RationaleToken",
+    "Recommender",
+    "RunOptions",
+    "SummaryProgress",
+    "check_knobs",
+]
+
 _log = logging.getLogger(__name__)
 
-PathLike = str | os.PathLike[str]
 Time = float | str | datetime
-
-
-@dataclass(frozen=True, slots=True)
-class SummaryProgress:
-    """One earlier review has been summarized."""
-
-    user_id: str
-    item_id: str
-    cached: bool
-    """Whether its summary was there already."""
-    done: int
-    of: int
-
-
-@dataclass(frozen=True, slots=True)
-class RationaleToken:
-    """A piece of a rationale, as it is written."""
-
-    text: str
-    rationale: int
-    """Which one, from 0; several are written at the same time."""
-
-
-Event = SummaryProgress | RationaleToken | Recommendation
-"""What `Recommender.stream` yields; the recommendation comes last."""
 
 
 class RunOptions(TypedDict, total=False):
@@ -89,13 +85,26 @@ class RunOptions(TypedDict, total=False):
     seed: int
     temperature: float
     top_p: float
+    ask: bool
+    ask_below: float
+    influence: Influences
+    record: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    given: RatingInput
+    """What the graph is called with."""
+
+    given: Any
+    """The input of a new run; a `Command` with a person's answer; None goes on where a run
+    stopped."""
     config: RunnableConfig | None
     knobs: Knobs
+
+    @property
+    def thread_id(self) -> str:
+        """Under which it is kept, if it is."""
+        return str((self.config or {}).get("configurable", {}).get("thread_id", ""))
 
 
 class Recommender:
@@ -150,7 +159,8 @@ class Recommender:
             dtype: None is float32 on a CPU, bfloat16 on CUDA.
             quantize_4bit: load the base model in 4 bits (CUDA only).
             allow_prompt_mismatch: accept adapters trained on another version of their prompt.
-            budgets: token budgets of the prompts and answers.
+            budgets: token budgets of the prompts and answers; None takes those that the adapters
+                were trained with, where they say so.
             engine: an engine of your own, such as `fake_engine()`; base, adapters, device,
                 dtype, quantize_4bit then go unused.
             store: where summaries are kept; default is a SQLite file in the cache folder.
@@ -162,7 +172,7 @@ class Recommender:
             SettingError: a bad scale, device or budget.
         """
         parsed = scale if isinstance(scale, RatingScale) else RatingScale.parse(scale)
-        source = _review_source(reviews, items, parsed)
+        source = review_source(reviews, items, parsed)
         opened: SqliteStore | None = None
         if store is None:
             from r4r_graph.caches import open_summary_store
@@ -170,7 +180,7 @@ class Recommender:
             store = opened = open_summary_store()
         try:
             if engine is None:
-                engine = _local_engine(
+                engine = local_engine(
                     base,
                     adapters,
                     device=device,
@@ -182,7 +192,7 @@ class Recommender:
             if opened is not None:
                 opened.conn.close()
             raise
-        experts = Experts(engine, store, parsed, budgets or TokenBudgets())
+        experts = Experts(engine, store, parsed, budgets or budgets_of(engine))
         recommender = cls(experts, source, checkpointer=checkpointer)
         recommender._opened = opened
         return recommender
@@ -199,60 +209,142 @@ class Recommender:
             UnknownPairError: both ids are found nowhere and no history was passed.
             InputError: any other bad input; the message names it.
             EngineError: the engine could not serve the run.
+            RunPausedError: the run waits for a person (`ask`, `ask_below`); `resume` it.
         """
-        run = self._run(user_id, item_id, options)
-        return _result(self.graph.invoke(run.given, run.config, context=run.knobs))
+        return self._invoke(self._run(user_id, item_id, options))
 
     async def arate(
         self, user_id: str, item_id: str, **options: Unpack[RunOptions]
     ) -> Recommendation:
         """As `rate`. Waiting holds no thread; cancelling frees the engine."""
-        run = self._run(user_id, item_id, options)
-        return _result(await self.graph.ainvoke(run.given, run.config, context=run.knobs))
+        return await self._ainvoke(self._run(user_id, item_id, options))
 
     def stream(self, user_id: str, item_id: str, **options: Unpack[RunOptions]) -> Iterator[Event]:
         """As `rate`, telling what happens on the way: a `SummaryProgress` a review, each
-        `RationaleToken` as it is written, the `Recommendation` last."""
-        run = self._run(user_id, item_id, options)
-        events = _Events()
-        for part in self.graph.stream(
-            run.given,
-            run.config,
-            context=run.knobs,
-            stream_mode=_Events.MODES,
-            version="v2",
-        ):
-            yield from events.of(part)
-        yield _result(events.state)
+        `RationaleToken` as it is written, and last the `Recommendation`, or the `Question` that
+        the run waits with."""
+        return self._stream(self._run(user_id, item_id, options))
 
     async def astream(
         self, user_id: str, item_id: str, **options: Unpack[RunOptions]
     ) -> AsyncIterator[Event]:
         """As `stream`."""
-        run = self._run(user_id, item_id, options)
-        events = _Events()
-        async for part in self.graph.astream(
-            run.given,
-            run.config,
-            context=run.knobs,
-            stream_mode=_Events.MODES,
-            version="v2",
-        ):
+        async for event in self._astream(self._run(user_id, item_id, options)):
+            yield event
+
+    def resume(
+        self, thread_id: str, answer: Answer | None = None, config: RunnableConfig | None = None
+    ) -> Recommendation:
+        """Go on with a run that a checkpointer kept: with a person's answer where it waits for
+        one, and where it failed or its process ended from its last step, work done not repeated.
+
+        Args:
+            thread_id: the run. One that another process is at work on must not be resumed.
+            answer: where it waits for one.
+            config: as in `RunOptions`; its thread id is not looked at.
+
+        Raises:
+            UnknownRunError: there is no such run.
+            InputError: it is finished, an answer is given where none is asked for or none where
+                one is, or one that is not allowed.
+            SettingError: the recommender has no checkpointer.
+            RunPausedError: it waits again.
+            EngineError: the engine could not serve the run.
+        """
+        kept = runs.find(self.graph, thread_id)
+        return self._invoke(self._resumed(kept, thread_id, answer, config))
+
+    async def aresume(
+        self, thread_id: str, answer: Answer | None = None, config: RunnableConfig | None = None
+    ) -> Recommendation:
+        """As `resume`."""
+        kept = await runs.afind(self.graph, thread_id)
+        return await self._ainvoke(self._resumed(kept, thread_id, answer, config))
+
+    def stream_resumed(
+        self, thread_id: str, answer: Answer | None = None, config: RunnableConfig | None = None
+    ) -> Iterator[Event]:
+        """As `resume`, with the events of `stream`."""
+        kept = runs.find(self.graph, thread_id)
+        return self._stream(self._resumed(kept, thread_id, answer, config))
+
+    async def astream_resumed(
+        self, thread_id: str, answer: Answer | None = None, config: RunnableConfig | None = None
+    ) -> AsyncIterator[Event]:
+        """As `stream_resumed`."""
+        kept = await runs.afind(self.graph, thread_id)
+        async for event in self._astream(self._resumed(kept, thread_id, answer, config)):
+            yield event
+
+    def fork(self, thread_id: str, changes: forks.Changes, *, at: str | int | None = None) -> str:
+        """A new run out of an earlier one: its state after a step, changed. Nothing runs yet:
+        `resume` the thread that is returned. See `r4r_graph.forks.fork`."""
+        return forks.fork(self.graph, thread_id, changes, at=at)
+
+    async def afork(
+        self, thread_id: str, changes: forks.Changes, *, at: str | int | None = None
+    ) -> str:
+        """As `fork`."""
+        return await asyncio.to_thread(self.fork, thread_id, changes, at=at)
+
+    def _called_with(self, run: _Run) -> dict[str, Any]:
+        # What a step has done is kept before the next one begins: a killed run repeats nothing.
+        kept = {"durability": "sync"} if runs.keeps_runs(self.graph) else {}
+        return {"config": run.config, "context": run.knobs, "version": "v2", **kept}
+
+    def _invoke(self, run: _Run) -> Recommendation:
+        end = self.graph.invoke(run.given, **self._called_with(run))
+        return ended(end.value, end.interrupts, run.thread_id)
+
+    async def _ainvoke(self, run: _Run) -> Recommendation:
+        end = await self.graph.ainvoke(run.given, **self._called_with(run))
+        return ended(end.value, end.interrupts, run.thread_id)
+
+    def _stream(self, run: _Run) -> Iterator[Event]:
+        events = Events(run.thread_id)
+        options = self._called_with(run)
+        for part in self.graph.stream(run.given, stream_mode=MODES, **options):
+            yield from events.of(part)
+        yield events.last()
+
+    async def _astream(self, run: _Run) -> AsyncIterator[Event]:
+        events = Events(run.thread_id)
+        options = self._called_with(run)
+        async for part in self.graph.astream(run.given, stream_mode=MODES, **options):
             for event in events.of(part):
                 yield event
-        yield _result(events.state)
+        yield events.last()
 
     def _run(self, user_id: str, item_id: str, options: RunOptions) -> _Run:
-        """What the graph is called with."""
         settings: dict[str, Any] = dict(options)
         given = _run_input(user_id, item_id, settings)
         config: RunnableConfig | None = settings.pop("config", None)
-        named = (config or {}).get("configurable", {})
-        if self.graph.checkpointer is not None and "thread_id" not in named:
+        knobs = check_knobs(settings)
+        if runs.keeps_runs(self.graph):
             # With a checkpointer, every run needs a thread.
-            threaded: RunnableConfig = {"configurable": {**named, "thread_id": str(uuid.uuid4())}}
-            config = {**(config or {}), **threaded}
-        return _Run(given, config, check_knobs(settings))
+            named = (config or {}).get("configurable", {}).get("thread_id", str(uuid.uuid4()))
+            model = runs.model_label(self.experts.model_card())
+            labels = {**runs.labels(user_id, item_id, asdict(knobs)), **model}
+            config = _kept_as(named, labels, config)
+        elif knobs.ask or knobs.ask_below:
+            raise SettingError(
+                "a run that asks a person has to be kept while it waits: load the recommender "
+                "with a checkpointer"
+            )
+        return _Run(given, config, knobs)
+
+    def _resumed(
+        self,
+        kept: StateSnapshot,
+        thread_id: str,
+        answer: Answer | None,
+        config: RunnableConfig | None,
+    ) -> _Run:
+        given = runs.continuation(kept, thread_id, answer, self.experts.scale)
+        if not runs.same_model(kept, self.experts.model_card()):
+            _log.warning("run %s began with another model, or other prompts", thread_id)
+        config = _kept_as(thread_id, runs.labels_of(kept), config)
+        return _Run(given, config, runs.knobs_of_run(kept))
 
     def close(self) -> None:
         """Stop the engine and free its model."""
@@ -267,49 +359,16 @@ class Recommender:
         self.close()
 
 
-class _Events:
-    """Translates the parts of a graph's stream."""
-
-    MODES: ClassVar[list[StreamMode]] = ["messages", "custom", "values"]
-
-    def __init__(self) -> None:
-        self.state: Mapping[str, Any] = {}
-        self._summaries = 0
-
-    def of(self, part: Any) -> Iterator[Event]:
-        if part["type"] == "values":
-            self.state = part["data"]
-        elif part["type"] == "custom" and part["data"].get("event") == "summary":
-            told = part["data"]
-            self._summaries += 1
-            yield SummaryProgress(
-                told["user_id"], told["item_id"], told["cached"], self._summaries, told["of"]
-            )
-        elif part["type"] == "messages":
-            chunk, about = part["data"]
-            if chunk.text:
-                yield RationaleToken(str(chunk.text), about["rationale"])
-
-
-def _local_engine(
-    base: PathLike, adapters: PathLike | Mapping[str, PathLike | None] | None, **settings: Any
-) -> Engine:
-    """The local engine; what is amiss with its adapters goes to the log."""
-    from r4r_graph.engine.local import load_local_engine
-
-    engine, warnings = load_local_engine(
-        _as_text(base), _adapter_paths(adapters), prompts=prompt_digests(), **settings
-    )
-    for warning in warnings:
-        _log.warning("%s", warning)
-    bare = [name for name in EXPERT_PROMPTS if name not in engine.info.adapters]
-    if bare:
-        _log.warning(
-            "no adapter for %s: the base model %s answers untrained; expect valid but poor results",
-            ", ".join(bare),
-            engine.info.base,
-        )
-    return engine
+def _kept_as(
+    thread_id: str, labels: Mapping[str, Any], config: RunnableConfig | None
+) -> RunnableConfig:
+    """The caller's settings of a run, with its thread and its labels."""
+    config = config or {}
+    return {
+        **config,
+        "configurable": {**config.get("configurable", {}), "thread_id": thread_id},
+        "metadata": {**labels, **config.get("metadata", {})},
+    }
 
 
 def _run_input(user_id: str, item_id: str, settings: dict[str, Any]) -> RatingInput:
@@ -325,57 +384,3 @@ def _run_input(user_id: str, item_id: str, settings: dict[str, Any]) -> RatingIn
         reviews = settings.pop(side, None)
         given[side] = None if reviews is None else [review.to_dict() for review in reviews]
     return given
-
-
-def check_knobs(settings: Mapping[str, Any]) -> Knobs:
-    """The knobs of a run, checked.
-
-    Raises:
-        SettingError: an unknown one, or one out of range.
-    """
-    unknown = sorted(set(settings) - set(Knobs.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(Knobs.__dataclass_fields__)
-        raise SettingError(f"unknown setting {', '.join(unknown)}; there are: {known}")
-    return Knobs(**settings)
-
-
-def _result(state: Mapping[str, Any]) -> Recommendation:
-    return Recommendation.from_dict(state["recommendation"])
-
-
-def _review_source(
-    reviews: PathLike | ReviewSource | Iterable[Review] | None,
-    items: PathLike | Mapping[str, Item] | None,
-    scale: RatingScale,
-) -> ReviewSource | None:
-    if isinstance(items, str | os.PathLike):
-        items = load_items(items)
-    if isinstance(reviews, str | os.PathLike):
-        return load_reviews(reviews, scale=scale, items=items)
-    if reviews is None:
-        return TableReviewSource.from_reviews((), items.values()) if items else None
-    if isinstance(reviews, ReviewSource):
-        if items is not None:
-            raise SettingError("items belong to the review source: give them to it, not here")
-        return reviews
-    return TableReviewSource.from_reviews(
-        (_checked(review, scale) for review in reviews), (items or {}).values()
-    )
-
-
-def _checked(review: Review, scale: RatingScale) -> Review:
-    scale.check(review.rating)
-    return review
-
-
-def _as_text(path: PathLike) -> str:
-    return os.fspath(path)
-
-
-def _adapter_paths(
-    adapters: PathLike | Mapping[str, PathLike | None] | None,
-) -> str | Mapping[str, str | Path | None] | None:
-    if adapters is None or isinstance(adapters, str | os.PathLike):
-        return None if adapters is None else _as_text(adapters)
-    return {name: None if path is None else _as_text(path) for name, path in adapters.items()}

@@ -17,6 +17,9 @@ from typing import Any, Literal, Self
 from r4r_graph.errors import DataError
 from r4r_graph.ratings import RatingDistribution, RatingScale, Readout
 
+InfluenceKind = Literal["user_review", "item_review", "rationale", "user_average", "item_average"]
+"""What can be left out to see how far it moves the rating."""
+
 ColdStart = Literal["user", "item", "both"]
 """Which side of a pair has no earlier reviews."""
 
@@ -243,6 +246,26 @@ class Truncation:
     """In words: which one, and how much of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Influence:
+    """How far one thing that the predictor read moves the mean rating."""
+
+    what: InfluenceKind
+    without: float
+    """The mean rating without it."""
+    change: float
+    """The mean rating less that: above zero, it raised the rating."""
+    user_id: str = ""
+    """This and the next two name the review, where it is one."""
+    item_id: str = ""
+    title: str = ""
+    timestamp: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """A rating with its distribution and its reason. `to_dict()` is the `--json` object."""
@@ -264,12 +287,17 @@ class Recommendation:
     model: Mapping[str, Any]
     """Base model, adapters and prompt digests."""
     usage: Mapping[str, NodeUsage] = field(default_factory=dict)
-    """By node: summarizer, reasoner, predictor."""
+    """By node: summarizer, reasoner, predictor; influence where it was asked for."""
+    influence: tuple[Influence, ...] = ()
+    """Where it was asked for, the strongest first."""
+    answers: tuple[Mapping[str, Any], ...] = ()
+    """What a person decided on the way, in order; see `graph.human`."""
 
     @property
     def rating(self) -> float:
-        """The rating by the chosen read-out."""
-        return self.distribution.read(self.readout)
+        """The rating by the chosen read-out; where a person gave another, theirs."""
+        given = [answer["rating"] for answer in self.answers if "rating" in answer]
+        return float(given[-1]) if given else self.distribution.read(self.readout)
 
     @property
     def rationale(self) -> str:
@@ -302,6 +330,8 @@ class Recommendation:
             "warnings": list(self.warnings),
             "model": dict(self.model),
             "usage": {node: asdict(usage) for node, usage in self.usage.items()},
+            "influence": [influence.to_dict() for influence in self.influence],
+            "answers": [dict(answer) for answer in self.answers],
         }
 
     @classmethod
@@ -325,6 +355,8 @@ class Recommendation:
             warnings=tuple(row["warnings"]),
             model=row["model"],
             usage={node: NodeUsage(**usage) for node, usage in row["usage"].items()},
+            influence=tuple(Influence(**each) for each in row.get("influence", ())),
+            answers=tuple(row.get("answers", ())),
         )
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from r4r_graph.engine import adapters as adapters_module
-from r4r_graph.engine.adapters import EXPERTS, Adapter, check_adapter, find_adapters
+from r4r_graph.engine.adapters import (
+    EXPERTS,
+    Adapter,
+    check_adapter,
+    find_adapters,
+    trained_with,
+)
 from r4r_graph.engine.weights import BaseModel, find_base, weight_shapes
 from r4r_graph.errors import (
     AdapterMismatchError,
@@ -385,3 +391,28 @@ def test_the_adapter_found_is_the_one_that_peft_loads(
             check_adapter(found[expert], base, PROMPT)
             model.load_adapter(str(found[expert].path), adapter_name=expert)
     assert set(model.peft_config) == set(EXPERTS) == set(adapters_module.EXPERTS)
+
+
+def test_adapters_say_how_they_are_to_be_asked(tiny_base: Path, tmp_path: Path) -> None:
+    asked = {"history": 4, "budgets": {"side": 256}}
+    for expert in ("reasoner", "predictor"):
+        folder = make_adapter(tiny_base, tmp_path / expert, expert=expert, seed=1)
+        annotate(folder, trained_with=asked)
+    make_adapter(tiny_base, tmp_path / "summarizer", expert="summarizer", seed=1)
+    found = find_adapters(tmp_path)
+    assert found["predictor"].trained_with == asked
+    assert trained_with(found) == (asked, [])
+    assert trained_with({}) == ({}, [])
+
+    annotate(tmp_path / "reasoner", trained_with={"history": 9})
+    first, [warning] = trained_with(find_adapters(tmp_path))
+    assert first == asked
+    assert "the reasoner adapter was trained with {'history': 9}, the predictor with" in warning
+
+
+@pytest.mark.parametrize("bad", [[4], {"history": "four"}, {"budgets": 5}])
+def test_a_bad_note_on_how_to_ask_is_named(tiny_base: Path, tmp_path: Path, bad: Any) -> None:
+    folder = make_adapter(tiny_base, tmp_path / "predictor", expert="predictor", seed=1)
+    annotate(folder, trained_with=bad)
+    with pytest.raises(ModelError, match=r"r4r\.json is damaged: 'trained_with'"):
+        find_adapters(tmp_path)

@@ -132,6 +132,26 @@ def test_another_job_is_refused(made: Recommender, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_what_changes_no_column_makes_no_other_job(made: Recommender, tmp_path: Path) -> None:
+    rate_pairs(made, PAIRS[:3], tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "_job.json").read_text())
+    known = "history rationales round_size sure readout seed temperature top_p"
+    assert list(manifest["knobs"]) == known.split()  # as in folders of earlier versions
+    report = rate_pairs(made, PAIRS[:3], tmp_path / "out", influence="same", record=True)
+    assert report.reused == 3
+    rate_pairs(made, PAIRS[:3], tmp_path / "more", influence="same", record=True)
+    pandas.testing.assert_frame_equal(
+        pandas.read_parquet(tmp_path / "out"), pandas.read_parquet(tmp_path / "more")
+    )
+
+
+@pytest.mark.parametrize("knobs", [{"ask": True}, {"ask_below": 0.5}])
+def test_nobody_can_be_asked(made: Recommender, tmp_path: Path, knobs: Any) -> None:
+    with pytest.raises(SettingError, match="a bulk run can ask nobody"):
+        rate_pairs(made, PAIRS[:3], tmp_path / "out", **knobs)
+    assert not (tmp_path / "out").exists()
+
+
 def _run_slowly(out: str) -> None:
     with recommender(delay=0.01) as slow:
         rate_pairs(slow, PAIRS, out, concurrency=3, part_rows=2, part_seconds=0.01)

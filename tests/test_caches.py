@@ -295,6 +295,23 @@ def test_info_and_clear(folder: Path) -> None:
     assert not caches.digests_path().exists()
 
 
+def test_runs_are_listed_and_cleared_by_themselves(folder: Path) -> None:
+    from r4r_graph.runs import open_runs
+
+    with opened() as store:
+        store.put(SPACE, "a", {})
+    with open_runs():
+        pass
+    summaries, runs = caches.cache_info()
+    assert (runs.name, runs.path, runs.holds_reviews) == ("runs", caches.runs_path(), True)
+    assert caches.clear_cache(summaries=False) == [runs]
+    assert caches.cache_info() == [summaries]
+    with open_runs():
+        pass
+    assert caches.clear_cache(runs=False) == [summaries]
+    assert [entry.name for entry in caches.clear_cache()] == ["runs"]
+
+
 def test_clearing_empties_a_store_in_use(folder: Path) -> None:
     with opened() as store:
         store.put(SPACE, "a", {"text": "secret words"})

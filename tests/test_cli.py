@@ -294,39 +294,7 @@ def test_misuse_is_exit_code_two(r4r: R4r, arguments: list[str]) -> None:
     assert "Traceback" not in done.err
 
 
-# Graph and demo --------------------------------------------------------------------------------
-
-EDGES = {
-    ("__start__", "recall"),
-    ("recall", "summarizer"),
-    ("recall", "reasoner"),
-    ("summarizer", "reasoner"),
-    ("reasoner", "predictor"),
-    ("predictor", "reasoner"),
-    ("predictor", "__end__"),
-}
-
-
-def test_the_graph_as_json(r4r: R4r) -> None:
-    drawn = json.loads(r4r("graph", "--format", "json").out)
-    assert {(edge["source"], edge["target"]) for edge in drawn["edges"]} == EDGES
-    assert {node["id"] for node in drawn["nodes"]} == {name for edge in EDGES for name in edge}
-
-
-def test_the_graph_as_mermaid_and_ascii(r4r: R4r) -> None:
-    mermaid = r4r("graph").out
-    assert mermaid == r4r("graph", "--format", "mermaid").out
-    lines = [line.strip().rstrip(";") for line in mermaid.splitlines()]
-    arrows = [line.split(" ") for line in lines if " --> " in line or " -.-> " in line]
-    assert {(first, last) for first, _, last in arrows} == EDGES
-    picture = r4r("graph", "--format", "ascii").out
-    assert all(f"| {name} |" in picture for name in ("recall", "summarizer", "predictor"))
-
-
-def test_an_unknown_graph_format_is_named(r4r: R4r) -> None:
-    done = r4r("graph", "--format", "svg")
-    assert (done.code, done.out) == (2, "")
-    assert done.complaint == "unknown format 'svg'; there are: mermaid, ascii, json"
+# Demo ------------------------------------------------------------------------------------------
 
 
 def test_the_demo_rates_a_pair_and_shows_the_graph(r4r: R4r, script: Script) -> None:
@@ -429,6 +397,7 @@ def test_the_cache_is_shown_and_cleared(r4r: R4r, script: Script, reviews: Path)
     assert told["summaries"] == 3
     assert [(e["name"], e["holds_reviews"]) for e in told["kept"]] == [
         ("summaries", True),
+        ("runs", True),
         ("base model some-base", False),
     ]
     assert "(3 summaries)" in r4r("cache", "clear").out

@@ -70,6 +70,7 @@ def test_all_steps_leave_what_the_next_ones_and_the_user_need(done: tuple[Recipe
         note = json.loads((folder / "r4r.json").read_text(encoding="utf-8"))
         assert note["expert"] == name
         assert note["prompt"]["digest"] == prompt_info(name).digest
+        assert note["trained_with"] == recipe.asked
         for needed in (note["base_digest"], note["prompt"]["digest"], "Terms", "limits", "digest"):
             assert needed in card
     card = (recipe.adapters / "predictor" / "README.md").read_text(encoding="utf-8")
@@ -227,6 +228,10 @@ def test_every_recipe_runs_dry_on_a_tiny_model_of_its_kind(
         "work": str(tmp_path / "work"),
         "reviews": str(write_reviews(tmp_path / "reviews.parquet", rows)),
     }
+    if path.stem == "smollm2-experts":  # two data sets, only one of them with labels
+        own = {"reviews": tree.pop("reviews")}
+        labels = tree["teacher"].pop("aspects")
+        tree |= {"steps": [], "domains": {"music": {**own, "aspects": labels}, "films": own}}
     small = parse_recipe(tree)
     reports = run_all(small)
     assert reports["predictor"].metrics["steps"] == 2
@@ -234,9 +239,8 @@ def test_every_recipe_runs_dry_on_a_tiny_model_of_its_kind(
     assert config["r"] == recipe.predictor.lora.rank
     assert bool(config.get("alora_invocation_tokens")) == recipe.predictor.lora.activated
     assert bool(config.get("modules_to_save")) == (recipe.predictor.lora.head == "whole")
-    with Recommender.load(
-        small.reviews, base=base, adapters=small.adapters, device="cpu"
-    ) as recommender:
+    reviews = tmp_path / "reviews.parquet"
+    with Recommender.load(reviews, base=base, adapters=small.adapters, device="cpu") as recommender:
         assert 1 <= recommender.rate("u1", "i2", history=2).rating <= 5
 
 

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +18,14 @@ import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from r4r_graph.engine.base import GenerateRequest, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.errors import DataError, EngineFailure, SettingError
 from r4r_graph.graph import Knobs
+from r4r_graph.schema import Review
 from tests.scripted import Bench, Request, Script, at, make_bench, mark, prompt, review
 
 Fake = Callable[..., BatchingEngine]
@@ -71,18 +73,26 @@ def executed(path: list[set[str]]) -> set[tuple[str, str]]:
     return set(itertools.pairwise(nodes))
 
 
-def runs(fake: Fake) -> list[tuple[Bench, Any, Any]]:
-    """Graph, input and knobs of runs that together take every branch."""
+def runs(fake: Fake) -> list[tuple[Bench, Any, Any, Sequence[str]]]:
+    """Graph, input, knobs, and a person's answers, of runs that together take every branch."""
     pair: Any = {"user_id": "ann", "item_id": "target", "as_of": at(9)}
     wordless = [review("ann", "folk", 1, text="  "), review("ben", "target", 1, text="")]
-    unsure, sure = Script(weights=lambda _: UNSURE), Script(weights=lambda _: SURE)
+
+    def over(rows: list[Review], weights: list[float] = SURE) -> Bench:
+        script = Script(weights=lambda _: weights)
+        return make_bench(fake, rows, script=script, checkpointer=InMemorySaver())
+
     several = {"rationales": 5, "round_size": 2}
     return [
-        (make_bench(fake, wordless), pair, {}),
-        (make_bench(fake, TABLE), {**pair, "as_of": at(0)}, {}),
-        (make_bench(fake, TABLE), pair, {}),
-        (make_bench(fake, TABLE, script=unsure), pair, several),
-        (make_bench(fake, TABLE, script=sure), pair, several),
+        (over(wordless), pair, {}, ()),
+        (over(TABLE), {**pair, "as_of": at(0)}, {}, ()),
+        (over(TABLE), pair, {}, ()),
+        (over(TABLE, UNSURE), pair, several, ()),
+        (over(TABLE), pair, several, ()),
+        (over(TABLE), pair, {"ask": True}, ("refuse", "accept")),
+        (over(TABLE, UNSURE), pair, {"ask_below": 0.9}, ("accept",)),
+        (over(TABLE), pair, {"influence": "same", "ask_below": 0.9}, ()),
+        (over(TABLE, UNSURE), pair, {"influence": "new", "ask_below": 0.9}, ("accept",)),
     ]
 
 
@@ -93,26 +103,29 @@ async def collected(events: AsyncIterator[Any]) -> list[Any]:
 @pytest.mark.parametrize("world", ["sync", "async"])
 def test_what_is_drawn_is_what_runs(fake: Fake, world: str) -> None:
     paths = []
-    for bench, given, context in runs(fake):
+    for bench, given, context, answers in runs(fake):
         options: Any = {"context": context, "stream_mode": "debug", "version": "v2"}
-        if world == "sync":
-            parts = list(bench.graph.stream(given, **options))
-        else:
-
-            async def collect(
-                graph: Any = bench.graph, given: Any = given, o: Any = options
-            ) -> Any:
-                return [part async for part in graph.astream(given, **o)]
-
-            parts = asyncio.run(collect())
+        parts: list[Any] = []
+        for value in (given, *(Command(resume=answer) for answer in answers)):
+            if world == "sync":
+                parts += bench.graph.stream(value, thread(), **options)
+            else:
+                stream = bench.graph.astream(value, thread(), **options)
+                parts += asyncio.run(collected(stream))
+        assert not bench.graph.get_state(thread()).next
         paths.append(steps(parts))
 
-    recall, summarizer, reasoner, predictor = (
-        {name} for name in ("recall", "summarizer", "reasoner", "predictor")
+    recall, summarizer, reasoner, predictor, human, influence = (
+        {name} for name in ("recall", "summarizer", "reasoner", "predictor", "human", "influence")
     )
     assert paths[0] == paths[1] == [recall, reasoner, predictor]
-    assert paths[2] == paths[4] == [recall, summarizer, reasoner, predictor]
-    assert paths[3] == [recall, summarizer, *[reasoner, predictor] * 3]
+    plain = [recall, summarizer, reasoner, predictor]
+    assert paths[2] == paths[4] == plain
+    assert paths[3] == [*plain[:2], *[reasoner, predictor] * 3]
+    assert paths[5] == [*plain[:2], *[reasoner, human] * 2, predictor]
+    assert paths[6] == [*plain, human]
+    assert paths[7] == [*plain, influence]
+    assert paths[8] == [*plain, human, influence]
     drawn = {(e.source, e.target) for e in bench.graph.get_graph().edges}
     assert set().union(*map(executed, paths)) == drawn
 
@@ -272,6 +285,13 @@ def test_knobs_come_as_context(fake: Fake, context: Any) -> None:
         {"temperature": float("inf")},
         {"top_p": 0},
         {"top_p": None},
+        {"ask": 1},
+        {"ask_below": -0.1},
+        {"ask_below": 1.5},
+        {"ask_below": "half"},
+        {"influence": "some"},
+        {"influence": True},
+        {"record": "yes"},
     ],
     ids=str,
 )

@@ -157,7 +157,7 @@ def inputs(name: str, word: str = "calm", rating: float = 4) -> dict[str, Any]:
     if name == "predictor":
         stats = {"count": 3, "mean": 3.71, "spread": 0.5}
         given |= {"user_stats": stats, "item_stats": {"count": 0, "mean": None, "spread": None}}
-        given |= {"rationale": word, "labels": ["1", "2", "3", "4", "5"]}
+        given |= {"expected": 3.456, "rationale": word, "labels": ["1", "2", "3", "4", "5"]}
     return given
 
 
@@ -252,6 +252,15 @@ def test_the_predictor_sees_ratings_and_averages() -> None:
     assert context.count("rated 3.25") == 3
     assert context.count("average 3.71 over 3") == 1
     assert context.count("no ratings yet") == 1
+
+
+def test_the_predictor_sees_what_the_averages_suggest_right_before_the_question() -> None:
+    given = inputs("predictor")
+    task = render("predictor", given).task
+    assert task.index("averages alone suggest 3.46.") > task.index("</judgement>")
+    unknown = render("predictor", given | {"expected": None}).task
+    assert "averages" not in unknown
+    assert unknown == task.replace("The averages alone suggest 3.46.\n", "")
 
 
 def test_a_predictor_without_a_rationale_has_no_place_for_one() -> None:
@@ -369,7 +378,7 @@ def test_hostile_texts_become_no_control_tokens_of_the_real_tokenizer(
 @pytest.mark.parametrize("name", prompts.EXPERT_PROMPTS)
 def test_the_front_matter_names_the_inputs(name: str) -> None:
     info = prompt_info(name)
-    assert (info.name, info.version) == (name, 1)
+    assert (info.name, info.version) == (name, {"predictor": 2}.get(name, 1))
     assert "2502.02061" in info.paper
     source = (prompts.prompts_dir() / f"{name}.jinja").read_text(encoding="utf-8")
     body = source.split("---\n", 2)[2]

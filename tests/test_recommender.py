@@ -69,6 +69,8 @@ KEYS = {
     "usage",
     "as_of",
     "warnings",
+    "influence",
+    "answers",
 }
 
 

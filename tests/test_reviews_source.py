@@ -154,6 +154,20 @@ def test_statistics_leave_out_the_pairs_own_ratings(make: Factory) -> None:
                 assert same_stats(source.item_stats(item, before, without_user=user), earlier)
 
 
+def test_overall_statistics_are_over_everyone_and_everything(make: Factory) -> None:
+    reviews = random_reviews(7)
+    source, reference = make(reviews, ITEMS), Reference(reviews)
+    for before in MOMENTS:
+        assert same_stats(source.overall_stats(before), reference.earlier(before))
+        for user, item in zip(USERS, ITEM_IDS, strict=False):
+            found = source.overall_stats(before, without_pair=(user, item))
+            earlier = [
+                r for r in reference.earlier(before) if (r.user_id, r.item_id) != (user, item)
+            ]
+            assert same_stats(found, earlier)
+    assert make([], []).overall_stats(math.inf) == RatingStats()
+
+
 def test_statistics_are_none_when_only_the_own_rating_is_there(make: Factory) -> None:
     source = make([Review("u", "i", 4.1, 10.0)], [])
     assert source.user_stats("u", 11.0, without_item="i") == RatingStats()
@@ -230,6 +244,7 @@ def test_senseless_questions_are_refused(make: Factory) -> None:
         lambda: source.item_history("i1", math.nan, 1),
         lambda: source.user_stats("u1", math.nan),
         lambda: source.item_stats("i1", math.nan),
+        lambda: source.overall_stats(math.nan),
         lambda: source.item("i1", math.nan),
     ]
     for ask in asks:

@@ -16,6 +16,7 @@ from r4r_graph.errors import DataError, R4RError, SettingError
 from r4r_graph.ratings import READOUTS, RatingDistribution, RatingScale, RatingStats
 from r4r_graph.schema import (
     AspectSummary,
+    Influence,
     Item,
     NodeUsage,
     Recommendation,
@@ -382,6 +383,11 @@ def recommendation(scale: RatingScale = STARS, **changes: Any) -> Recommendation
         warnings=("a warning",),
         model={"base": "smollm2-135m", "adapters": {"reasoner": None}},
         usage={"summarizer": NodeUsage(3, 1, 200, 40, 0.25), "reasoner": NodeUsage()},
+        influence=(
+            Influence("user_review", 3.0, 0.5, "u1", "i2", "Other", 1_600_000_000.5),
+            Influence("rationale", 3.75, -0.25),
+        ),
+        answers=({"about": "rationale", "action": "accept"},),
     )
     return replace(plain, **changes)
 
@@ -419,3 +425,21 @@ def test_what_a_recommendation_says() -> None:
     assert row["user_aspects"][0]["values"] == ["honesty", "ü"]
     assert "rationales" not in recommendation(rationales=("One.",)).to_dict()
     assert replace(given, readout="mode").rating == 5
+    assert row["influence"][1] == {
+        **{"what": "rationale", "without": 3.75, "change": -0.25},
+        **{"user_id": "", "item_id": "", "title": "", "timestamp": 0.0},
+    }
+
+
+def test_a_persons_last_rating_is_the_rating() -> None:
+    first, last = ({"about": "rating", "action": "rate", "rating": n} for n in (2, 1))
+    accepted = {"about": "rating", "action": "accept"}
+    assert recommendation(answers=(first, last, accepted)).rating == 1.0
+    assert recommendation(answers=(accepted,)).rating == recommendation().distribution.median
+
+
+def test_what_came_later_may_be_absent() -> None:
+    row = recommendation().to_dict()
+    del row["influence"], row["answers"]
+    found = Recommendation.from_dict(row)
+    assert (found.influence, found.answers) == ((), ())

@@ -152,6 +152,7 @@ def train_grpo(
         role="reasoner",
         base=trainee.base,
         settings={**asdict(settings), "seed": recipe.seed, "dtype": trainee.dtype},
+        trained_with=recipe.asked,
         data={
             "reinforced from adapter": start.digest,
             "targets": len(rows),

@@ -347,6 +347,7 @@ def _describe(
             role=plan.step,
             base=trainee.base,
             settings={**asdict(plan.settings), "seed": recipe.seed, "dtype": trainee.dtype},
+            trained_with=recipe.asked,
             data=data,
             metrics=fitted.metrics,
             tables=tables,

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,27 +17,35 @@ import typer
 from rich.logging import RichHandler
 
 from r4r_graph.cli.evaluate import evaluate
+from r4r_graph.cli.graph import graph
 from r4r_graph.cli.options import (
     AdaptersOption,
     BaseOption,
     BudgetsOption,
     DeviceOption,
     HistoryOption,
+    InfluenceOption,
     ItemsOption,
     JsonOption,
     MismatchOption,
     RationalesOption,
     ReadoutOption,
+    ReportOption,
     ReviewsOption,
     ScaleOption,
     SeedOption,
+    Sources,
     checked_knobs,
     err,
     load,
     out,
     parse_budgets,
 )
-from r4r_graph.errors import EngineError, R4RError, SettingError
+from r4r_graph.cli.report import diff
+from r4r_graph.cli.report import report as report_command
+from r4r_graph.cli.runs import fork, resume, runs_app, show
+from r4r_graph.cli.talk import forget_unread, new_thread, talk
+from r4r_graph.errors import EngineError, InputError, R4RError, SettingError
 from r4r_graph.schema import unix_seconds
 
 app = typer.Typer(
@@ -50,7 +59,13 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="What is kept on this machine.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+app.add_typer(runs_app, name="runs")
+for command in (show, resume, fork):
+    app.command()(command)
 app.command()(evaluate)
+app.command()(graph)
+app.command("report")(report_command)
+app.command()(diff)
 
 
 @app.callback(invoke_without_command=True)
@@ -82,12 +97,39 @@ def rate(
     device: DeviceOption = None,
     budgets: BudgetsOption = None,
     allow_prompt_mismatch: MismatchOption = False,
+    influence: InfluenceOption = "none",
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Show the rationale before rating: accept, edit, refuse.")
+    ] = False,
+    ask_below: Annotated[
+        float, typer.Option(help="Show the rating where the mode's probability is below this.")
+    ] = 0.0,
+    keep: Annotated[
+        bool, typer.Option("--keep/--no-keep", help="Keep the run, review texts in it.")
+    ] = True,
+    thread: Annotated[str | None, typer.Option(help="Keep the run under this name.")] = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Rate one pair: stars, distribution, and why."""
-    from r4r_graph.cli import display
+    """Rate one pair: stars, distribution, and why. A run that asks and finds nobody at the
+    terminal waits, with exit code 3; `r4r resume` answers."""
+    from r4r_graph.runs import open_runs
+    from r4r_graph.runs import thread as named
 
-    knobs = checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    knobs = checked_knobs(
+        history=history,
+        rationales=rationales,
+        readout=readout,
+        seed=seed,
+        ask=ask,
+        ask_below=ask_below,
+        influence=influence,
+        record=keep,
+    )
+    if not keep and (ask or ask_below or thread is not None or report is not None):
+        raise SettingError(
+            "--ask, --ask-below, --thread and --report need the run kept: without --no-keep"
+        )
     if as_of is not None:
         if re.fullmatch(r"\d{4}|\d{8}", as_of):
             raise SettingError(
@@ -95,23 +137,28 @@ def rate(
                 f"{as_of}.0 for seconds"
             )
         unix_seconds(as_of, what="--as-of")
-    recommender = load(
-        reviews,
-        items,
+    sources = Sources(
+        str(reviews),
+        None if items is None else str(items),
         base,
         adapters,
-        scale=scale,
-        device=device,
-        allow_prompt_mismatch=allow_prompt_mismatch,
-        budgets=parse_budgets(budgets),
+        scale,
+        device,
+        budgets,
+        allow_prompt_mismatch,
     )
-    with recommender:
-        events = recommender.stream(user, item, as_of=as_of, **knobs)
-        if as_json:
-            result = display.last(events)
-            typer.echo(display.one_line_json(result.to_dict()))
-        else:
-            display.show_run(events, out, err)
+    with open_runs() if keep else nullcontext() as saver:
+        name = None if saver is None else new_thread(saver, thread)
+        config = None if name is None else named(name)
+        if config is not None:
+            config["metadata"] = sources.label()
+        with sources.load(checkpointer=saver) as recommender:
+            events = recommender.stream(user, item, as_of=as_of, config=config, **knobs)
+            try:
+                talk(recommender, events, as_json=as_json, thread_id=name, report=report)
+            except InputError:
+                forget_unread(recommender, name)
+                raise
 
 
 @app.command()
@@ -213,21 +260,6 @@ def demo(
 
 
 @app.command()
-def graph(
-    form: Annotated[
-        str, typer.Option("--format", help="mermaid, ascii (needs an extra) or json.")
-    ] = "mermaid",
-) -> None:
-    """Draw the rating graph."""
-    from r4r_graph.debug import draw
-    from r4r_graph.engine.fake import fake_engine
-    from r4r_graph.experts import Experts
-    from r4r_graph.graph import build_graph
-
-    typer.echo(draw(build_graph(Experts(fake_engine())), form))
-
-
-@app.command()
 def doctor(
     base: BaseOption = "smollm2-135m",
     adapters: AdaptersOption = None,
@@ -276,7 +308,7 @@ def cache_clear(
         bool, typer.Option("--base-models", help="Also the converted base models.")
     ] = False,
 ) -> None:
-    """Delete the kept summaries of people's reviews."""
+    """Delete what is kept of people's reviews: their summaries, and the runs that read them."""
     from r4r_graph import caches
     from r4r_graph.cli import display
 
@@ -289,7 +321,8 @@ def cache_clear(
 
 
 def main() -> None:
-    """Run `r4r`. Exit codes: 0 done, 1 the engine failed or a check did, 2 bad input."""
+    """Run `r4r`. Exit codes: 0 done, 1 the engine failed or a check did, 2 bad input, 3 the run
+    waits for a person."""
     log = logging.getLogger("r4r_graph")
     log.addHandler(RichHandler(console=err, show_time=False, show_path=False, markup=False))
     log.propagate = False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from rich.console import Console
@@ -35,7 +38,19 @@ MismatchOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
-
+ThreadArgument = Annotated[
+    str, typer.Argument(metavar="THREAD", help="A kept run; `r4r runs` lists them.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(help="Also write the run as one HTML file, wherever it ends.")
+]
+InfluenceOption = Annotated[
+    str,
+    typer.Option(
+        help="What moved the rating: none, same (each review left out, with the rationale as it "
+        "is), or new (with a rationale written anew)."
+    ),
+]
 HistoryOption = Annotated[int, typer.Option(help="Latest reviews read on each side.")]
 RationalesOption = Annotated[
     int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
@@ -78,6 +93,59 @@ def parse_budgets(text: str | None) -> TokenBudgets | None:
             )
         budgets[name] = int(number)
     return TokenBudgets(**budgets)
+
+
+LOADED = "r4r_loaded"
+"""The label of a run that says what its command loaded."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a command loads. Kept as a label of its run, so that the run can be gone on with: paths
+    and names, never a text."""
+
+    reviews: str | None = None
+    items: str | None = None
+    base: str = "smollm2-135m"
+    adapters: str | None = None
+    scale: str = "1-5"
+    device: str | None = None
+    budgets: str | None = None
+    allow_prompt_mismatch: bool = False
+
+    def label(self) -> dict[str, str]:
+        """The label, with paths that hold wherever the run is gone on with."""
+        row = asdict(self)
+        for name in ("reviews", "items", "base", "adapters"):
+            if row[name] is not None and Path(row[name]).exists():
+                row[name] = str(Path(row[name]).absolute())
+        return {LOADED: json.dumps(row)}
+
+    @classmethod
+    def of(cls, labels: Mapping[str, Any]) -> Self:
+        """What a run with these labels was begun with; a run of another program has none."""
+        row = json.loads(labels.get(LOADED, "{}"))
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in row.items() if name in known})
+
+    def but(self, **given: Any) -> Self:
+        """With what a person gave instead; None is not given."""
+        told = {name: value for name, value in given.items() if value is not None}
+        return replace(self, **told)
+
+    def load(self, **settings: Any) -> Recommender:
+        """Load it all; `settings` are further ones of `Recommender.load`."""
+        return load(
+            self.reviews,
+            self.items,
+            self.base,
+            self.adapters,
+            scale=self.scale,
+            device=self.device,
+            allow_prompt_mismatch=self.allow_prompt_mismatch,
+            budgets=parse_budgets(self.budgets),
+            **settings,
+        )
 
 
 def load(*arguments: Any, **settings: Any) -> Recommender:

@@ -4,7 +4,8 @@ An adapter is a directory in PEFT's format (adapter_config.json, adapter_model.s
 an optional `r4r.json` that says what it was trained for:
 
     {"expert": "reasoner", "base_model": "smollm2-135m", "base_digest": "0123456789abcdef",
-     "prompt": {"name": "reasoner", "version": 1, "digest": "..."}}
+     "prompt": {"name": "reasoner", "version": 1, "digest": "..."},
+     "trained_with": {"history": 10, "budgets": {"side": 512, ...}}}
 
 A predictor may also have a `calibration.json` (see `r4r_graph.calibration`).
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Adapter:
     """Name, version and digest of the prompt that it was trained with, if recorded."""
     calibration: Calibration | None = None
     """Of a predictor: what its distributions are passed through."""
+    trained_with: Mapping[str, Any] = field(default_factory=dict)
+    """Length of the histories and token budgets that it was trained with, if recorded."""
 
 
 def find_adapters(
@@ -139,6 +142,21 @@ def check_adapter(
     ]
 
 
+def trained_with(adapters: Mapping[str, Adapter]) -> tuple[Mapping[str, Any], list[str]]:
+    """How a set of adapters is to be asked, and warnings where its members differ: the predictor's
+    word counts most, the summarizer's least."""
+    known = [a for e in reversed(EXPERTS) if (a := adapters.get(e)) and a.trained_with]
+    if not known:
+        return {}, []
+    first = known[0]
+    return first.trained_with, [
+        f"the {other.expert} adapter was trained with {dict(other.trained_with)}, the "
+        f"{first.expert} with {dict(first.trained_with)}; they are asked as the latter was"
+        for other in known[1:]
+        if other.trained_with != first.trained_with
+    ]
+
+
 def _adapter(expert: str, folder: Path, calibrated: bool) -> Adapter:
     """The adapter in a directory, after a look at whether all of it is there."""
     if not folder.is_dir():
@@ -172,6 +190,7 @@ def _adapter(expert: str, folder: Path, calibrated: bool) -> Adapter:
         base_digest=note.get("base_digest") or None,
         prompt=note.get("prompt") or None,
         calibration=calibration,
+        trained_with=note.get("trained_with") or {},
     )
 
 
@@ -187,6 +206,11 @@ def _note(folder: Path, expert: str) -> dict[str, Any]:
     prompt = note.get("prompt")
     if not isinstance(prompt, dict | None) or not isinstance((prompt or {}).get("digest", ""), str):
         raise ModelError(f"{file} is damaged: 'prompt' is no object with a digest")
+    asked = note.get("trained_with") or {}
+    if not isinstance(asked, dict) or not isinstance(asked.get("history", 0), int):
+        raise ModelError(f"{file} is damaged: 'trained_with' has no number of reviews")
+    if not isinstance(asked.get("budgets", {}), dict):
+        raise ModelError(f"{file} is damaged: 'trained_with' has no budgets by name")
     if note.get("expert") not in (None, expert):
         raise ModelError(
             f"the {expert} adapter {folder} was trained as {note['expert']!r} (see {_NOTE}); "

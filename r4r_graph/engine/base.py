@@ -9,7 +9,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from r4r_graph.errors import RequestError
 from r4r_graph.ratings import RatingDistribution, RatingScale
@@ -95,6 +95,9 @@ class EngineInfo:
     """Adapter name to the digest of its weights."""
     max_tokens: int = 8192
     """Positions of the model: prompt and answer together."""
+    trained_with: Mapping[str, Any] = field(default_factory=dict)
+    """`history` and `budgets` that the adapters were trained with, where they say so: how they are
+    to be asked."""
 
 
 @runtime_checkable

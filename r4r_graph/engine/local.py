@@ -298,7 +298,7 @@ def load_local_engine(
         ModelNotFoundError, AdapterMismatchError, PromptMismatchError, SettingError
         ModelError: something else is wrong with the base or an adapter, such as a damaged file.
     """
-    from r4r_graph.engine.adapters import check_adapter, find_adapters
+    from r4r_graph.engine.adapters import check_adapter, find_adapters, trained_with
     from r4r_graph.engine.weights import find_base, load_model
 
     found_base = find_base(base)
@@ -311,6 +311,8 @@ def load_local_engine(
             (prompts or {}).get(expert, ""),
             allow_prompt_mismatch=allow_prompt_mismatch,
         )
+    asked, warnings = trained_with(found)
+    notes += warnings
     model, tokenizer, device, dtype = load_model(
         found_base, device=device, dtype=dtype, quantize_4bit=quantize_4bit
     )
@@ -321,6 +323,7 @@ def load_local_engine(
         dtype=dtype,
         adapters={expert: adapter.digest for expert, adapter in found.items()},
         max_tokens=model.config.max_position_embeddings,
+        trained_with=asked,
     )
     paths = {expert: adapter.path for expert, adapter in found.items()}
     calibrations = {e: a.calibration for e, a in found.items() if a.calibration is not None}

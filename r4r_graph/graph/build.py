@@ -3,6 +3,9 @@
 START -> recall -> summarizer (one Send a review) -> reasoner -> predictor -> END
              \\--> reasoner, when there is nothing to summarize
 predictor -> reasoner, for the next round of rationales while unsure
+reasoner -> human -> predictor, when asked to show the rationale first (or back, when refused)
+predictor -> human -> END, when the rating is less sure than asked
+predictor or human -> influence -> END, when asked what moved the rating
 """
 
 from __future__ import annotations
@@ -80,11 +83,24 @@ def build_graph(
         metadata=shown("predictor"),
         retry_policy=retry,
     )
+    builder.add_node("human", nodes.human)
+    builder.add_node(
+        "influence",
+        RunnableLambda(nodes.influence, afunc=nodes.ainfluence),
+        metadata=shown("predictor"),
+        retry_policy=retry,
+    )
     builder.add_edge(START, "recall")
     builder.add_conditional_edges("recall", nodes.after_recall, ["summarizer", "reasoner"])
     builder.add_edge("summarizer", "reasoner")
-    builder.add_edge("reasoner", "predictor")
-    builder.add_conditional_edges("predictor", nodes.after_predictor, ["reasoner", END])
+    builder.add_conditional_edges("reasoner", nodes.after_reasoner, ["human", "predictor"])
+    builder.add_conditional_edges(
+        "human", nodes.after_human, ["reasoner", "predictor", "influence", END]
+    )
+    builder.add_conditional_edges(
+        "predictor", nodes.after_predictor, ["reasoner", "human", "influence", END]
+    )
+    builder.add_edge("influence", END)
     graph = builder.compile(checkpointer=checkpointer, store=store, name=name)
     # Two steps a round of rationales, 256 rationales at most.
     return graph.with_config(recursion_limit=600, max_concurrency=MAX_CONCURRENCY)

@@ -10,6 +10,7 @@ from r4r_graph.graph.state import Json, Knobs, RatingState
 from r4r_graph.ratings import RatingDistribution, RatingScale, RatingStats
 from r4r_graph.schema import (
     AspectSummary,
+    Influence,
     Item,
     NodeUsage,
     Recommendation,
@@ -19,6 +20,8 @@ from r4r_graph.schema import (
 )
 
 COSTLY_NODES = ("summarizer", "reasoner", "predictor")
+ON_DEMAND = ("influence",)
+"""Costly nodes that run only when asked for."""
 
 
 def evidence_of(state: RatingState) -> Evidence:
@@ -30,6 +33,7 @@ def evidence_of(state: RatingState) -> Evidence:
         item_reviews=_aspects(state["item_reviews"], summaries),
         user_stats=RatingStats(**case["user_stats"]),
         item_stats=RatingStats(**case["item_stats"]),
+        overall=case["overall"],
     )
 
 
@@ -39,11 +43,18 @@ def mixture(distributions: Iterable[Json], scale: RatingScale) -> RatingDistribu
     return RatingDistribution.mix(parts)
 
 
+def confidence(state: RatingState) -> float:
+    """The mode's probability, of all that is rated so far."""
+    return float(max(state["recommendation"]["distribution"].values()))
+
+
 def recommend(
     state: RatingState, knobs: Knobs, scale: RatingScale, model: Mapping[str, Any]
 ) -> Recommendation:
     """The recommendation that this state amounts to."""
-    case, evidence = state["case"], evidence_of(state)
+    case, evidence, spans = state["case"], evidence_of(state), state.get("spans", [])
+    ran = {span["node"] for span in spans}
+    nodes = (*COSTLY_NODES, *(node for node in ON_DEMAND if node in ran))
     return Recommendation(
         user_id=case["user_id"],
         item_id=case["item_id"],
@@ -58,7 +69,9 @@ def recommend(
         truncated=tuple(Truncation(**cut) for cut in state.get("truncated", [])),
         warnings=tuple(case["warnings"]),
         model=model,
-        usage={node: _usage(node, state.get("spans", [])) for node in COSTLY_NODES},
+        usage={node: _usage(node, spans) for node in nodes},
+        influence=tuple(Influence(**each) for each in state.get("influence") or ()),
+        answers=tuple(state.get("answers", [])),
     )
 
 

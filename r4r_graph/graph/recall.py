@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from r4r_graph.errors import DataError, InputError, UnknownPairError
@@ -76,6 +76,9 @@ def recall(
     else:
         others = _Side((), RatingStats())
 
+    overall = None
+    if reviews is not None:
+        overall = reviews.overall_stats(before, without_pair=(user_id, item_id)).mean
     if not item.title:
         titles = [review.title for review in others.reviews if review.title]
         item = replace(item, title=titles[-1] if titles else "")
@@ -87,8 +90,10 @@ def recall(
             "item": item.to_dict(),
             "user_stats": user.stats.to_dict(),
             "item_stats": others.stats.to_dict(),
+            "overall": overall,
             "cold_start": _cold_start(user, others),
             "warnings": warnings,
+            "knobs": asdict(knobs),
         },
         "user_reviews": [_entry(r, _kind(r, item, reviews)) for r in user.reviews],
         "item_reviews": [_entry(r, item.category) for r in others.reviews],

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from langgraph.channels import EphemeralValue
 from langgraph.runtime import get_runtime
@@ -20,6 +21,7 @@ from r4r_graph.errors import SettingError
 from r4r_graph.ratings import READOUTS, Readout
 
 Json = dict[str, Any]
+Influences = Literal["none", "same", "new"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Knobs:
     temperature: float = 0.8
     """Of sampled rationales."""
     top_p: float = 0.95
+    ask: bool = False
+    """Show each rationale to a person before it is rated with, to accept, edit or refuse."""
+    ask_below: float = 0.0
+    """Show the rating to a person where the mode's probability is below this."""
+    influence: Influences = "none"
+    """How far each review, the rationale and the averages move the mean rating: `none` leaves it
+    unasked, `same` leaves each out with the rationale as it is, `new` has the rationale written
+    anew without the review."""
+    record: bool = False
+    """Keep each step's exact prompt and output in the state, for looking at the run later."""
 
     def __post_init__(self) -> None:
         """Refuse what is of another type or out of range."""
@@ -49,8 +61,28 @@ class Knobs:
         _check_share("sure", self.sure)
         _check_share("top_p", self.top_p)
         _check("readout", self.readout, self.readout in READOUTS, ", ".join(READOUTS))
+        known = get_args(Influences)
+        _check("influence", self.influence, self.influence in known, ", ".join(known))
+        for name in ("ask", "record"):
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, bool), "true or false")
+        unsure = _is_number(self.ask_below) and 0 <= self.ask_below <= 1
+        _check("ask_below", self.ask_below, unsure, "a number from 0 to 1")
         warm = _is_number(self.temperature) and 0 < self.temperature < math.inf
         _check("temperature", self.temperature, warm, "a number above 0")
+
+
+def check_knobs(settings: Mapping[str, Any]) -> Knobs:
+    """The knobs of a run, checked.
+
+    Raises:
+        SettingError: an unknown one, or one out of range.
+    """
+    unknown = sorted(set(settings) - set(Knobs.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(Knobs.__dataclass_fields__)
+        raise SettingError(f"unknown setting {', '.join(unknown)}; there are: {known}")
+    return Knobs(**settings)
 
 
 def _check(name: str, value: object, sound: bool, allowed: str) -> None:
@@ -79,6 +111,12 @@ def knobs() -> Knobs:
     return context if isinstance(context, Knobs) else Knobs()
 
 
+def knobs_of(state: RatingState) -> Knobs:
+    """The knobs that the run began with. They are in its state, so that it goes on with them after
+    a pause, in another process, and in a fork."""
+    return Knobs(**state["case"]["knobs"])
+
+
 class RatingInput(TypedDict, total=False):
     """What a run is given."""
 
@@ -102,19 +140,26 @@ class RatingState(RatingInput, total=False):
     """What a run found out, in the order in which it did."""
 
     case: Json
-    """The pair: user_id, item_id, as_of, item, user_stats, item_stats, cold_start, warnings."""
+    """The pair: user_id, item_id, as_of, item, user_stats, item_stats, overall (mean of all earlier
+    ratings), cold_start, warnings; and the knobs, with which the run goes on after a pause."""
     user_reviews: list[Json]
     """`{"key", "kind", "review"}` of each review read, oldest first."""
     item_reviews: list[Json]
     summaries: Annotated[dict[str, Json], merge]
     """Review key to aspect summary."""
     rationales: Annotated[list[Json], operator.add]
-    """`{"text", "seed"}`, in the order drawn."""
+    """`{"text", "seed"}`, in the order drawn; `edited` is true where a person wrote it."""
     distributions: Annotated[list[Json], operator.add]
     """`{"probabilities", "mass"}`, one a rationale."""
     truncated: Annotated[list[Json], operator.add]
     spans: Annotated[list[Json], operator.add]
     """What each step cost: node, started, ended (unix seconds), calls, cache hits, tokens."""
+    answers: Annotated[list[Json], operator.add]
+    """What a person decided: `{"about", "action", ...}`; see `graph.human`."""
+    influence: list[Json]
+    """`Influence.to_dict()`s, where they were asked for."""
+    records: Annotated[list[Json], operator.add]
+    """Each step's prompts and outputs, where they are kept; see `graph.records`."""
     recommendation: Json
     """`Recommendation.to_dict()`."""
 
@@ -126,3 +171,4 @@ class SummarizerTask(TypedDict):
     """An element of `user_reviews` or `item_reviews`."""
     siblings: int
     """How many reviews are sent at the same moment."""
+    record: bool

@@ -84,6 +84,20 @@ class ReviewSource(Protocol):
         """
         ...
 
+    def overall_stats(
+        self, before: float, *, without_pair: tuple[str, str] | None = None
+    ) -> RatingStats:
+        """Statistics of *all* ratings by anyone of anything before a time.
+
+        Args:
+            before: Only ratings strictly earlier than this (unix seconds; `inf` for all).
+            without_pair: Leave out the ratings of this user (id) of this item (id).
+
+        Raises:
+            SettingError: `before` is nan.
+        """
+        ...
+
     def knows_user(self, user_id: str) -> bool:
         """Whether the user wrote any review, at whatever time."""
         ...

@@ -39,6 +39,10 @@ REVIEW_SCHEMA = pa.schema(
 """The standard columns of a table of reviews; `timestamp` in unix seconds."""
 
 
+_EVERYONE = ""
+"""No user has this id: ids are never empty."""
+
+
 class TableReviewSource:
     """A `ReviewSource` over an Arrow table.
 
@@ -81,6 +85,8 @@ class TableReviewSource:
         by_time = np.argsort(self._times, kind="stable")
         self._users = _Side.of(user_ids, self._user_codes, by_time, self._times, self._ratings)
         self._rated = _Side.of(item_ids, self._item_codes, by_time, self._times, self._ratings)
+        one = np.zeros(len(self._ratings), dtype=np.int64)
+        self._all = _Side.of([_EVERYONE], one, by_time, self._times, self._ratings)
         pairs = self._user_codes * len(item_ids) + self._item_codes
         self._pair_rows = by_time[np.argsort(pairs[by_time], kind="stable")]
         self._pairs = pairs[self._pair_rows]
@@ -142,6 +148,14 @@ class TableReviewSource:
         """Statistics of all ratings of an item before a time; see `ReviewSource`."""
         own = self._own_rows(without_user, item_id, before)
         return self._rated.stats(item_id, before, self._ratings[own])
+
+    def overall_stats(
+        self, before: float, *, without_pair: tuple[str, str] | None = None
+    ) -> RatingStats:
+        """Statistics of all ratings before a time; see `ReviewSource`."""
+        user_id, item_id = without_pair or (None, None)
+        own = self._own_rows(user_id, item_id, before)
+        return self._all.stats(_EVERYONE, before, self._ratings[own])
 
     def knows_user(self, user_id: str) -> bool:
         """Whether the user wrote any review, at whatever time."""
