@@ -326,6 +326,8 @@ def main() -> None:
     log = logging.getLogger("r4r_graph")
     log.addHandler(RichHandler(console=err, show_time=False, show_path=False, markup=False))
     log.propagate = False
+    # When one of several summarizers fails, LangGraph may log a traceback for the others.
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
     # Threads of a busy machine that wait for each other by spinning cost many times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -334,7 +336,7 @@ def main() -> None:
         from r4r_graph.cli.display import printable
 
         message = f"r4r: error: {printable(str(error))}"
-        err.print(message, style="red", markup=False, soft_wrap=True)
+        err.print(message, style="red", markup=False, emoji=False, soft_wrap=True)
         sys.exit(1 if isinstance(error, EngineError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
