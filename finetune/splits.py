@@ -15,7 +15,6 @@ others, disjoint from them, teach the experts (paper: 8,000 and 12,000).
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from r4r_graph.caches import write_atomically
 from r4r_graph.engine.model_files import file_digest
 from r4r_graph.errors import DataError, NotReadyError, SettingError
 from r4r_graph.evaluation.targets import by_lot
-from r4r_graph.jobs import digest_rows, open_folder
+from r4r_graph.jobs import digest_rows, open_folder, write_table
 from r4r_graph.reviews import ReviewSource
 from r4r_graph.reviews.files import file_parts
 from r4r_graph.reviews.table import REVIEW_SCHEMA
@@ -90,7 +89,7 @@ def make_splits(recipe: Recipe) -> SplitReport:
         made = _split(recipe)
         files = {name: folder / f"{name}.parquet" for name in get_args(Split)}
         for name, file in files.items():
-            _write(file, made.parts[name])
+            write_table(_table(made.parts[name]), file)
         manifest = {
             "made_of": made_of,
             "reviews": made.reviews,
@@ -380,13 +379,7 @@ def _span(rows: _Rows) -> list[float]:
     return [rows[0][0].timestamp, rows[-1][0].timestamp] if rows else []
 
 
-def _write(file: Path, rows: _Rows) -> None:
-    """Readers see the old file or the new one, never a part."""
-    table = pa.Table.from_pylist(
+def _table(rows: _Rows) -> pa.Table:
+    return pa.Table.from_pylist(
         [{**review.to_dict(), "role": role} for review, role in rows], SPLIT_SCHEMA
     )
-    scratch = file.with_name(f"_{file.name}")
-    pq.write_table(table, scratch)
-    with scratch.open("rb") as written:
-        os.fsync(written.fileno())
-    scratch.replace(file)

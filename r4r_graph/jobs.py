@@ -125,6 +125,18 @@ def digest_rows(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def write_table(table: pa.Table, file: Path) -> None:
+    """Write a Parquet file: readers see the old one or the new one, never a part.
+
+    What a killed process leaves behind begins with `_`, so that readers of the folder pass it over.
+    """
+    scratch = file.with_name(f"_{file.name}")
+    pq.write_table(table, scratch)
+    with scratch.open("rb") as written:
+        os.fsync(written.fileno())
+    scratch.replace(file)
+
+
 def read_job(folder: str | os.PathLike[str]) -> list[Columns]:
     """All rows of a job's folder, in order.
 
@@ -210,12 +222,7 @@ class _Job(Generic[RowT]):
             table = pa.Table.from_pylist(
                 [self._results[at] for at in range(start, end)], self._schema
             )
-            name = f"part-{start:09d}-{end:09d}.parquet"
-            scratch = self._folder / f"_{name}"
-            pq.write_table(table, scratch)
-            with scratch.open("rb") as written:
-                os.fsync(written.fileno())
-            scratch.replace(self._folder / name)
+            write_table(table, self._folder / f"part-{start:09d}-{end:09d}.parquet")
             for at in range(start, end):
                 del self._results[at]
         self._flushed = time.monotonic()

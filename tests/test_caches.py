@@ -3,8 +3,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import pytest
 
 from r4r_graph import caches
 from r4r_graph.errors import SettingError
+from tests.processes import run_together
 
 if TYPE_CHECKING:
     from langgraph.store.sqlite import SqliteStore
@@ -163,26 +162,7 @@ def test_processes_that_start_at_once_share_one_new_store() -> None:
         "    store.put(('r4r', 'summaries', 'base'), f'{sys.argv[1]}-{i}', {'i': i})\n"
         "store.conn.close()\n"
     )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, str(n)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(3)
-    ]
-    for process in running:
-        assert process.stdout is not None
-        process.stdout.readline()
-    for process in running:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_together(code, *((n,) for n in range(3)))
     assert caches.count_summaries() == 150
 
 

@@ -16,19 +16,8 @@ from r4r_graph.evaluation import boosting as module
 from r4r_graph.evaluation.boosting import BOOSTINGS, boosting_predictions, history_features
 from r4r_graph.reviews import TableReviewSource
 from r4r_graph.schema import Review
+from tests.four_ratings import EARLIER, TARGET, review
 
-
-def review(user: str, item: str, rating: float, when: float) -> Review:
-    return Review(user, item, rating, when)
-
-
-EARLIER = [
-    review("ann", "x", 5, 10),
-    review("ann", "y", 4, 20),
-    review("bob", "x", 1, 30),
-    review("bob", "z", 2, 40),
-]
-TARGET = review("ann", "z", 3, 50)
 FLOORS = Floors(3.0, 3.0, 1.0, 5.0, user_shrinkage=1.0, item_shrinkage=3.0)
 
 

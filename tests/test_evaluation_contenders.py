@@ -227,12 +227,14 @@ def test_summaries_are_held_against_labels_of_the_targets_time(tmp_path: Path) -
     assert found.words is not None
     assert found.words.summaries is not None
     assert found.words.summaries.rows == 4
-    # Labels of reviews that a training could have seen are not used.
+    # Labels of reviews that a training could have seen are not used, and nothing is rated first.
+    load.rated.clear()
     early = {key: value for key, value in labels.items() if key[2] < TARGETS[0].timestamp}
     with pytest.raises(DataError, match="0 of the labelled reviews are from the time"):
         run_adapters(
-            AdapterSet("x", None), TARGETS, load, tmp_path, checks=WordChecks(labels=early)
+            AdapterSet("y", None), TARGETS, load, tmp_path, checks=WordChecks(labels=early)
         )
+    assert load.rated == []
 
 
 def test_unknown_probes_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:

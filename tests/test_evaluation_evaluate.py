@@ -153,6 +153,18 @@ def test_a_failure_under_a_condition_is_an_error_there() -> None:
     assert found.moved.value == 0
 
 
+def test_a_probe_that_rated_no_row_is_named_and_costs_no_report() -> None:
+    nothing = np.full_like(UNIFORM, np.nan)
+    never = (NOT_APPLICABLE,) * len(TARGETS)
+    probes = (
+        predictions("x", nothing, "true_review", never),
+        predictions("x", UNIFORM, "without_texts"),
+    )
+    report = run(Contender(predictions("x", UNIFORM), probes))
+    assert [probe.condition for probe in report.predictors[0].probes] == ["without_texts"]
+    assert report.notes == ("left out: x under true_review, as no row has a rating both ways",)
+
+
 def test_sets_are_compared_with_the_first() -> None:
     report = run(
         Contender(predictions("perfect", PERFECT)), Contender(predictions("uniform", UNIFORM))

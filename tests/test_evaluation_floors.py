@@ -15,19 +15,7 @@ from r4r_graph.evaluation import FLOORS, Floors, HistoryStats, floor_predictions
 from r4r_graph.evaluation import floors as module
 from r4r_graph.reviews import TableReviewSource
 from r4r_graph.schema import Review
-
-
-def review(user: str, item: str, rating: float, when: float) -> Review:
-    return Review(user, item, rating, when)
-
-
-EARLIER = [
-    review("ann", "x", 5, 10),
-    review("ann", "y", 4, 20),
-    review("bob", "x", 1, 30),
-    review("bob", "z", 2, 40),
-]
-TARGET = review("ann", "z", 3, 50)
+from tests.four_ratings import EARLIER, TARGET, review
 
 
 def predicted(

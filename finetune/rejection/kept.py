@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from finetune.settings import Recipe
 from r4r_graph.caches import write_atomically
 from r4r_graph.errors import DataError, NotReadyError
 from r4r_graph.evidence import Evidence
-from r4r_graph.jobs import Columns
+from r4r_graph.jobs import Columns, write_table
 
 _log = logging.getLogger(__name__)
 
@@ -202,11 +201,7 @@ def write_kept(
     if not rows:
         _log.warning("no rationale was kept: %s", report.reasons or "there were no candidates")
     report.path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = report.path.with_name(f"_{report.path.name}")
-    pq.write_table(pa.Table.from_pylist(list(rows), KEPT_SCHEMA), scratch)
-    with scratch.open("rb") as written:
-        os.fsync(written.fileno())
-    scratch.replace(report.path)
+    write_table(pa.Table.from_pylist(list(rows), KEPT_SCHEMA), report.path)
     facts = {**asdict(report), "path": report.path.name, "made_of": dict(made_of)}
     facts["settings"] = asdict(recipe.rejection)
     write_atomically(_report_file(recipe), json.dumps(facts, indent=2) + "\n")

@@ -106,12 +106,18 @@ def evaluate(
     """Errors of predictions beside simple floors, with intervals; call it again to continue."""
     from r4r_graph.cli import display
     from r4r_graph.evaluation import contenders as experts
-    from r4r_graph.evaluation.evaluate import Contender, Settings
+    from r4r_graph.evaluation.evaluate import Contender, Settings, check_names
     from r4r_graph.evaluation.evaluate import evaluate as score
+    from r4r_graph.evaluation.floors import check_apart
     from r4r_graph.evaluation.predictions import read_predictions
     from r4r_graph.evaluation.probes import CONDITIONS
     from r4r_graph.evaluation.rendering.outputs import print_report, write_report
-    from r4r_graph.evaluation.targets import draw, load_targets, record_sample
+    from r4r_graph.evaluation.targets import (
+        draw,
+        earlier_reviews,
+        load_targets,
+        record_sample,
+    )
     from r4r_graph.evaluation.words.labels import read_aspects
     from r4r_graph.ratings import RatingScale
     from r4r_graph.reviews import load_items, load_reviews
@@ -129,16 +135,20 @@ def evaluate(
     every = load_targets(targets, values)
     rows = draw(every, sample, seed)
     source = load_reviews(reviews, scale=values, items=load_items(items) if items else None)
-    fit_on = None if train is None else list(load_reviews(train, scale=values))
+    # All that can be refused is refused before a model is loaded.
+    fit_on = list(load_reviews(train, scale=values)) if train else earlier_reviews(source, rows)
+    check_apart(rows, fit_on)
     at_hand = [
-        (name, read_predictions(path, rows, values, name=name))
+        read_predictions(path, rows, values, name=name)
         for name, path in map(_named, predictions or [])
     ]
+    check_names([*(each.name for each in at_hand), *(each.name for each in sets)])
     checks = experts.WordChecks(
         scorers=_scorers(similarity, bleurt, judge, judge_url, out_folder, device),
         labels=None
         if teacher_aspects is None
         else read_aspects(teacher_aspects, confident_only=True),
+        resamples=resamples,
     )
     record_sample(rows, out_folder / "sample.parquet")
 
@@ -161,7 +171,7 @@ def evaluate(
                 each, rows, source, values, checks.scorers, seed=seed, resamples=resamples
             ),
         )
-        for _, each in at_hand
+        for each in at_hand
     ]
     with _bars() as tell:
         found += [

@@ -107,6 +107,8 @@ class WordChecks:
     """A teacher's aspect summaries, to hold the summarizer's against."""
     summaries: int = 200
     """Labelled reviews to summarize at most."""
+    resamples: int = RESAMPLES
+    """Of the bootstrap."""
 
 
 def run_adapters(
@@ -138,7 +140,8 @@ def run_adapters(
         **knobs: other fields of `Knobs`.
 
     Raises:
-        SettingError: an unknown condition, or one that this set cannot be probed under.
+        SettingError: an unknown condition.
+        DataError: too few labelled reviews are from the time of the targets.
         InputError: the folder holds the job of other rows, adapters or settings.
     """
     folder, checks = Path(out) / adapters.name, checks or WordChecks()
@@ -147,6 +150,8 @@ def run_adapters(
             raise SettingError(f"unknown probe {condition!r}; there are: {', '.join(CONDITIONS)}")
 
     with load(adapters.folder) as recommender:
+        # Looked for now: hours of rating are not to end in an error about labels.
+        labelled = _labelled(recommender, targets, checks, seed)
 
         def rated(condition: str, texts: Rationales | None = None) -> Predictions:
             return rate_targets(
@@ -172,13 +177,22 @@ def run_adapters(
         ]
         found = tuple(rated(condition, texts) for condition in wanted)
         summaries = None
-        if checks.labels is not None:
+        if labelled:
             tell_summaries = _named(tell, f"{adapters.name} summaries")
-            summaries = _summaries(
-                recommender, targets, checks, folder, seed, concurrency, tell_summaries
-            )
-        source, scale = recommender.reviews, recommender.experts.scale
-    return Contender(own, found, words_of(own, targets, source, scale, checks.scorers, summaries))
+            made = _summarized(recommender, list(labelled), folder, concurrency, tell_summaries)
+            teacher = list(labelled.values())
+            summaries = score_summaries(made, teacher, seed=seed, resamples=checks.resamples)
+        words = words_of(
+            own,
+            targets,
+            recommender.reviews,
+            recommender.experts.scale,
+            checks.scorers,
+            summaries,
+            seed=seed,
+            resamples=checks.resamples,
+        )
+    return Contender(own, found, words)
 
 
 def words_of(
@@ -242,18 +256,14 @@ def _titles(target: Review, source: ReviewSource | None, limit: int = 50) -> lis
     return [source.item(item, when).title, *(review.title for review in earlier)]
 
 
-def _summaries(
-    recommender: Recommender,
-    targets: Sequence[Review],
-    checks: WordChecks,
-    folder: Path,
-    seed: int,
-    concurrency: int,
-    on_progress: Callable[[JobProgress], None] | None,
-) -> WordScore | None:
-    """This summarizer's summaries against the teacher's, of labelled reviews from the time of the
-    targets: what trained on earlier ones never saw them."""
-    source, labels = recommender.reviews, checks.labels or {}
+def _labelled(
+    recommender: Recommender, targets: Sequence[Review], checks: WordChecks, seed: int
+) -> dict[Review, AspectSummary]:
+    """Labelled reviews from the time of the targets, which nothing that was trained on earlier ones
+    ever saw, and their labels; empty where none are given."""
+    source, labels = recommender.reviews, checks.labels
+    if labels is None:
+        return {}
     if not isinstance(source, TableReviewSource):
         raise DataError("only a table of reviews can list those that a teacher has labelled")
     since = min(target.timestamp for target in targets)
@@ -268,6 +278,19 @@ def _summaries(
             f"{len(rows)} of the labelled reviews are from the time of the targets; summaries are "
             "held against labels that no training saw, so give labels of later reviews"
         )
+    return {review: labels[label_key(review)] for review in rows}
+
+
+def _summarized(
+    recommender: Recommender,
+    rows: Sequence[Review],
+    folder: Path,
+    concurrency: int,
+    on_progress: Callable[[JobProgress], None] | None,
+) -> list[AspectSummary | None]:
+    """This summarizer's summaries; None where one failed."""
+    source = recommender.reviews
+    assert source is not None  # `_labelled` has read it
 
     async def summarize(review: Review) -> Columns:
         columns: Columns = {"key": review.key, "error": None}
@@ -294,11 +317,10 @@ def _summaries(
         concurrency=concurrency,
         on_progress=on_progress,
     )
-    made = [
+    return [
         None if row["error"] else AspectSummary.from_dict(row)
         for row in read_job(folder / "summaries")
     ]
-    return score_summaries(made, [labels[label_key(review)] for review in rows], seed=seed)
 
 
 def _named(tell: Tell | None, what: str) -> Callable[[JobProgress], None] | None:

@@ -123,6 +123,12 @@ def evaluate(
         floors |= boosting_predictions(targets, source, train, seed=how.seed)
     except MissingExtraError as error:
         notes.append(f"left out: {error}")
+    for contender in contenders:
+        notes += [
+            f"left out: {probe.name} under {probe.condition}, as no row has a rating both ways"
+            for probe in contender.probes
+            if not _comparable(contender.predictions, probe)
+        ]
     rows = _Rows(how, truths, [target.user_id for target in targets], floors, histories)
     first = contenders[0].predictions
     return EvaluationReport(
@@ -208,7 +214,9 @@ class _Rows:
             },
             reliability=trust,
             failures=_failures(mine, targets),
-            probes=tuple(self.probe(mine, probe) for probe in contender.probes),
+            probes=tuple(
+                self.probe(mine, probe) for probe in contender.probes if _comparable(mine, probe)
+            ),
             words=contender.words,
             mass=None if mine.mass is None else float(np.nanmean(mine.mass)),
             condition=mine.condition,
@@ -235,26 +243,19 @@ class _Rows:
 
     def probe(self, mine: Predictions, probe: Predictions) -> Probe:
         """The rows once more under a condition, less as they are; rows that it does not apply to
-        are in neither."""
+        are in neither. See `_comparable`."""
+        assert probe.probabilities is not None
         applies = np.array([reason != NOT_APPLICABLE for reason in probe.reasons])
-        if mine.probabilities is None or probe.probabilities is None or not applies.any():
-            raise DataError(f"the condition {probe.condition!r} applies to none of the rows")
         truths = self.truths[applies]
         before = {readout: mine.points[readout][applies] for readout in READOUTS}
         after = {readout: probe.points[readout][applies] for readout in READOUTS}
         shared: Shared = {"seed": self.how.seed, "resamples": self.how.resamples}
         moved = np.abs(after["mean"] - before["mean"])
-        both = ~missing(moved)
-        if not both.any():
-            raise DataError(
-                f"the condition {probe.condition!r} of {mine.name!r}: no row has a rating with and "
-                "without it"
-            )
         return Probe(
             condition=probe.condition,
             rows=int(applies.sum()),
             missing=int(missing(after["mean"]).sum()),
-            moved=bootstrap(mean, moved[both], **shared),
+            moved=bootstrap(mean, moved[~missing(moved)], **shared),
             scores=score(truths, probe.probabilities[applies], self.how.scale, **shared),
             difference=_difference(
                 truths,
@@ -263,6 +264,13 @@ class _Rows:
                 self.how,
             ),
         )
+
+
+def _comparable(mine: Predictions, probe: Predictions) -> bool:
+    """Whether any row has a distribution as it is and under the condition."""
+    distributions = mine.probabilities is not None and probe.probabilities is not None
+    both = ~missing(mine.points["mean"]) & ~missing(probe.points["mean"])
+    return distributions and bool(both.any())
 
 
 def _difference(
@@ -288,12 +296,20 @@ def _failures(predictions: Predictions, targets: Sequence[Review]) -> tuple[str,
     return tuple(found[:SHOWN_FAILURES])
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuse two sets of predictions of one name.
+
+    Raises:
+        DataError: there are such.
+    """
+    if len(set(names)) < len(names):
+        raise DataError(f"two sets of predictions have one name: {', '.join(names)}")
+
+
 def _check_contenders(contenders: Sequence[Contender], rows: int) -> None:
     if not contenders:
         raise DataError("no predictions to evaluate")
-    names = [contender.predictions.name for contender in contenders]
-    if len(set(names)) < len(names):
-        raise DataError(f"two sets of predictions have one name: {', '.join(names)}")
+    check_names([contender.predictions.name for contender in contenders])
     for contender in contenders:
         for each in (contender.predictions, *contender.probes):
             for readout in READOUTS:

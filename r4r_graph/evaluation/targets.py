@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r4r_graph.errors import DataError, SettingError
-from r4r_graph.jobs import digest_rows
+from r4r_graph.jobs import digest_rows, write_table
 from r4r_graph.ratings import RatingScale
 from r4r_graph.reviews import ReviewSource, TableReviewSource, load_reviews
 from r4r_graph.schema import Pair, Review
@@ -114,9 +114,7 @@ def record_sample(targets: Sequence[Review], file: Path) -> None:
             )
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"_{file.name}")
-    pq.write_table(pa.Table.from_pylist(rows, SAMPLE_SCHEMA), scratch)
-    scratch.replace(file)
+    write_table(pa.Table.from_pylist(rows, SAMPLE_SCHEMA), file)
 
 
 def earlier_reviews(source: ReviewSource, targets: Sequence[Review]) -> list[Review]:
