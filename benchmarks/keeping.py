@@ -88,7 +88,7 @@ def real(side: int, runs: int, keeping_ms: float) -> dict[str, float]:
     """Seconds of a rating by the default model, summaries cached, and the share of keeping it."""
     from r4r_graph.engine.local import load_local_engine
 
-    with load_local_engine("smollm2-135m")[0] as engine:
+    with load_local_engine("smollm2-135m", "none")[0] as engine:
         rater = load(engine, side)
         rater.rate("u", "i", as_of=NOW)  # summarizes
         ratings, influences = [], []

@@ -67,6 +67,19 @@ def everything(config: ConfigOption, overrides: Overrides = None) -> None:
     run_all(recipe, on_step=_report)
 
 
+@app.command("release")
+def _release(
+    out: Annotated[Path, typer.Argument(help="An empty or new folder.")],
+    config: ConfigOption,
+    overrides: Overrides = None,
+) -> None:
+    """Copy the finished experts, without what only training needs."""
+    from finetune.release import release
+
+    report = release(load_recipe(config, overrides or ()), out)
+    typer.echo(json.dumps(asdict(report), default=str))
+
+
 def _with_progress(step: Step, recipe: Any) -> Any:
     if step.name == "splits":
         return step.run(recipe)

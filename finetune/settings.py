@@ -59,6 +59,9 @@ class SplitSettings(_Strict):
     """Training rows of the reward model at most; disjoint from the instruction rows. Where there
     are too few, both are cut in proportion."""
     instruction_rows: int = 12000
+    averages_rows: int = 0
+    """Further training rows that show the predictor ratings and averages alone. They are short and
+    need neither summaries nor rationales, and teach it to read the numbers; 0 or more."""
     validation_rows: int | None = None
     """None takes all."""
     test_rows: int | None = None
@@ -252,6 +255,8 @@ class Recipe(_Strict):
     """None is float32 on a CPU and bfloat16 on CUDA."""
     quantize_4bit: bool = False
     """QLoRA: the base model in 4 bits (CUDA)."""
+    saved_dtype: Dtype = "float32"
+    """What finished adapters are written in; 16 bits halve their size."""
     threads: int | None = None
     """CPU threads of torch; None leaves them alone."""
     data_terms: str = "not stated"

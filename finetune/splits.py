@@ -6,7 +6,8 @@
 The first rows by time train, the next validate, the last test (paper: 8:1:1). All rows of one
 timestamp go to one side, so every training target is strictly earlier than every validation
 target, and that than every test target. Of the training rows, some train the reward model and
-others, disjoint from them, teach the experts (paper: 8,000 and 12,000).
+others, disjoint from them, teach the experts (paper: 8,000 and 12,000); a third, disjoint part may
+show the predictor averages alone.
 
     work/splits/{train,validation,test}.parquet    the columns of a review file, and `role`
     work/splits/manifest.json                      counts, boundaries in time, fingerprints
@@ -38,7 +39,7 @@ from r4r_graph.reviews.table import REVIEW_SCHEMA
 from r4r_graph.schema import Review
 
 Split = Literal["train", "validation", "test"]
-Role = Literal["reward", "instruction"]
+Role = Literal["reward", "instruction", "averages"]
 
 SPLIT_SCHEMA = REVIEW_SCHEMA.append(pa.field("role", pa.string()))
 """Columns of each split: a review's, and what the row is for."""
@@ -59,6 +60,7 @@ class SplitReport:
     """Reviews that may be no target (see `SplitSettings.eligible`)."""
     reward: int
     instruction: int
+    averages: int
     validation: int
     test: int
     boundaries: Mapping[str, tuple[float, float]]
@@ -105,7 +107,8 @@ def make_splits(recipe: Recipe) -> SplitReport:
 
 
 def read_targets(recipe: Recipe, split: Split, role: Role | None = None) -> list[Review]:
-    """The targets of a split, by time; of the training rows all, or those of one role.
+    """The targets of a split, by time; of the training rows those of one role, or all that are
+    shown with words.
 
     Raises:
         NotReadyError: the splits have not been made.
@@ -116,7 +119,7 @@ def read_targets(recipe: Recipe, split: Split, role: Role | None = None) -> list
         raise SettingError(f"no split {split!r}: one of {', '.join(get_args(Split))}")
     if role is not None and (split != "train" or role not in get_args(Role)):
         raise SettingError(
-            f"no role {role!r} in the split {split}: the roles {' and '.join(get_args(Role))} are "
+            f"no role {role!r} in the split {split}: the roles {', '.join(get_args(Role))} are "
             "those of training rows"
         )
     folder = recipe.folder("splits")
@@ -130,7 +133,11 @@ def read_targets(recipe: Recipe, split: Split, role: Role | None = None) -> list
             f"{file} cannot be read ({str(error).splitlines()[0]:.160}); delete {folder} and run "
             "the step `splits` again"
         ) from None
-    return [Review.from_dict(row) for row in rows if role is None or row["role"] == role]
+    return [
+        Review.from_dict(row)
+        for row in rows
+        if (row["role"] == role if role else row["role"] != "averages")
+    ]
 
 
 def training_ends(recipe: Recipe) -> dict[str, float]:
@@ -189,7 +196,7 @@ def _split(recipe: Recipe) -> _Made:
     def drawn(part: int, purpose: str) -> list[Review]:
         return in_turns(by_lot(one.eligible[part], recipe.seed, purpose) for one in cut.values())
 
-    reward, instruction = _roles(drawn(0, "train"), settings)
+    reward, instruction, averages = _roles(drawn(0, "train"), settings)
     if (settings.reward_rows and not reward) or (settings.instruction_rows and not instruction):
         named = ", ".join(str(domain.reviews) for domain in files.values())
         raise DataError(
@@ -197,7 +204,11 @@ def _split(recipe: Recipe) -> _Made:
             f"model and {len(instruction)} for instruction; eligible are "
             f"{'; '.join(one.found for one in cut.values())}"
         )
-    rows = [*((r, "reward") for r in reward), *((r, "instruction") for r in instruction)]
+    rows = [
+        *((review, "reward") for review in reward),
+        *((review, "instruction") for review in instruction),
+        *((review, "averages") for review in averages),
+    ]
     validation = drawn(1, "validation")[: settings.validation_rows]
     test = drawn(2, "test")[: settings.test_rows]
     reviews = sum(one.reviews for one in cut.values())
@@ -265,16 +276,19 @@ def _may_be_target(review: Review, source: ReviewSource, settings: SplitSettings
     return not all(cold) if settings.eligible == "any_history" else not any(cold)
 
 
-def _roles(drawn: Sequence[Review], settings: SplitSettings) -> tuple[list[Review], list[Review]]:
-    """Rows for the reward model and for instruction, none in both; where there are too few, both
-    are cut in proportion."""
+def _roles(
+    drawn: Sequence[Review], settings: SplitSettings
+) -> tuple[list[Review], list[Review], list[Review]]:
+    """Rows for the reward model, for instruction and with averages alone, none in two of them.
+    Where there are too few for the first two, both are cut in proportion."""
     wanted = settings.reward_rows + settings.instruction_rows
     share = min(1.0, len(drawn) / wanted) if wanted else 0.0
     reward_rows = round(settings.reward_rows * share)
     reward = [review for review in drawn if review.text.strip()][:reward_rows]
     taken = {review.key for review in reward}
     rest = [review for review in drawn if review.key not in taken]
-    return reward, rest[: min(settings.instruction_rows, round(wanted * share) - reward_rows)]
+    instruction = min(settings.instruction_rows, round(wanted * share) - reward_rows)
+    return reward, rest[:instruction], rest[instruction:][: settings.averages_rows]
 
 
 def _by_time(rows: Iterable[tuple[Review, str]]) -> _Rows:
@@ -291,7 +305,8 @@ def _check(settings: SplitSettings) -> None:
             f"bad shares splits.train={train:g}, splits.validation={validation:g}: the first is "
             "above 0, and together they leave a share to test on"
         )
-    for name in ("reward_rows", "instruction_rows", "validation_rows", "test_rows"):
+    counts = ("reward_rows", "instruction_rows", "averages_rows", "validation_rows", "test_rows")
+    for name in counts:
         if (value := getattr(settings, name)) is not None and value < 0:
             raise SettingError(f"bad setting splits.{name}={value}: a number of rows")
 

@@ -165,7 +165,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """What makes two runs the same job."""
     model = recommender.experts.model_card()
-    settings = asdict(check_knobs(knobs))
+    settings = asdict(check_knobs(knobs).settled(recommender.experts.history))
     for name in _OF_ONE_RUN:
         del settings[name]
     return {

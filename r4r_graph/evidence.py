@@ -20,7 +20,11 @@ SHRINKAGE = 5.0
 either side, 5 and 5 was within 0.005 RMSE of the best pair on a dense and on a sparse data set."""
 
 
-@dataclass(frozen=True, slots=True)
+HISTORY = 10
+"""Latest reviews read on each side, where neither a run nor the adapters say otherwise."""
+
+
+@dataclass(frozen=True)
 class TokenBudgets:
     """How long each part of a prompt, and each answer, may be (tokens of the engine)."""
 

@@ -35,6 +35,7 @@ from r4r_graph.engine.base import (
 from r4r_graph.engine.chat import EngineChatModel
 from r4r_graph.errors import EngineFailure
 from r4r_graph.evidence import (
+    HISTORY,
     DEFAULT_KIND,
     Evidence,
     TokenBudgets,
@@ -287,6 +288,12 @@ class Experts:
     """Where summaries are kept; None keeps none."""
     scale: RatingScale = field(default_factory=RatingScale)
     budgets: TokenBudgets = field(default_factory=TokenBudgets)
+
+    @property
+    def history(self) -> int:
+        """Latest reviews to read on each side where a run does not say: as in training."""
+        known: int = self.engine.info.trained_with.get("history", HISTORY)
+        return known
 
     @cached_property
     def summarizer(self) -> Summarizer:

@@ -82,9 +82,9 @@ def render(
 def history_line(
     aspects: Mapping[str, Any], *, named: bool, special_tokens: Sequence[str] = ()
 ) -> str:
-    """One review as it stands in the context of reasoner and predictor, with its rating."""
+    """One review as it stands in the context of reasoner and predictor."""
     module: Any = _environment().get_template("_history.jinja").module
-    line = str(module.line(_cleaned(aspects, tuple(special_tokens)), named, True))
+    line = str(module.line(_cleaned(aspects, tuple(special_tokens)), named))
     return line.strip().strip(";")
 
 

@@ -76,7 +76,7 @@ class RunOptions(TypedDict, total=False):
     config: RunnableConfig | None
     """LangGraph's own settings of a run: callbacks, tags, and the `thread_id` under which a
     checkpointer keeps it (a new one if none is given)."""
-    history: int
+    history: int | None
     """This and the rest are the fields of `Knobs`."""
     rationales: int
     round_size: int
@@ -152,8 +152,9 @@ class Recommender:
             items: a file (see `load_items`) or a mapping; titles, categories, descriptions.
             base: `smollm2-135m`, a local directory, or a Hub id.
             adapters: a directory with `summarizer/`, `reasoner/`, `predictor/` (any may be
-                absent), a mapping of those names to directories, or None / `"none"`: an expert
-                without an adapter answers with the base model, and the log says so.
+                absent), a mapping of those names to directories, or `"none"`: an expert without
+                an adapter answers with the base model, and the log says so. None takes those that
+                come with the package for this base model, if there are any.
             scale: rating values: `"1-5"`, `"1-10"`, or any rising list.
             device: `cpu` or `cuda`; None takes CUDA where there is one.
             dtype: None is float32 on a CPU, bfloat16 on CUDA.

@@ -139,7 +139,7 @@ def real_engine() -> Iterator[BatchingEngine]:
     torch.set_num_threads(os.cpu_count() or 1)
     with pytest.MonkeyPatch.context() as patch:
         _share_cache(patch)
-        engine, _ = load_local_engine("smollm2-135m", device="cpu")
+        engine, _ = load_local_engine("smollm2-135m", "none", device="cpu")
     with engine:
         yield engine
 

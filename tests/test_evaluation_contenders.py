@@ -64,14 +64,14 @@ class Lengths:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("none", AdapterSet("base", None)),
-        ("b=none", AdapterSet("b", None)),
+        ("none", AdapterSet("base", "none")),
+        ("b=none", AdapterSet("b", "none")),
         ("work", AdapterSet("work", "work")),
         ("ours=work", AdapterSet("ours", "work")),
         ("ours=work@without_rationale", AdapterSet("ours", "work", "without_rationale")),
         ("work@true_review", AdapterSet("work", "work", "true_review")),
         ("ours=odd@name", AdapterSet("ours", "odd@name")),
-        ("x=none@averages_only", AdapterSet("x", None, "averages_only")),
+        ("x=none@averages_only", AdapterSet("x", "none", "averages_only")),
     ],
 )
 def test_how_sets_are_written(

@@ -16,11 +16,13 @@ import yaml
 import finetune
 from finetune.pipeline import STEPS, run_all
 from finetune.rejection import sampling as rejection
-from finetune.settings import Recipe, load_recipe, parse_recipe, recipe_tree
+from finetune.release import release
+from finetune.settings import Recipe, load_recipe, parse_recipe, recipe_tree, with_folder
 from finetune.sft import train
 from finetune.teacher import Teacher
 from r4r_graph.engine import EngineChatModel, fake_engine
-from r4r_graph.errors import NotReadyError, SettingError
+from r4r_graph.engine.adapters import find_adapters
+from r4r_graph.errors import InputError, ModelNotFoundError, NotReadyError, SettingError
 from r4r_graph.prompts import prompt_info
 from r4r_graph.recommender import Recommender
 from tests.tiny import make_tiny_base
@@ -96,6 +98,23 @@ def test_the_experts_load_as_they_are(done: tuple[Recipe, Any], tmp_path: Path) 
         result = recommender.rate("u1", "i2", history=3)
     assert all(result.model["adapters"].values())
     assert 1 <= result.rating <= 5
+
+
+def test_a_release_loads_and_holds_no_ids(done: tuple[Recipe, Any], tmp_path: Path) -> None:
+    recipe, _ = done
+    report = release(recipe, tmp_path / "experts")
+    assert report.experts == ("summarizer", "reasoner", "predictor")
+    files = [path for path in report.folder.rglob("*") if path.is_file()]
+    assert report.size == sum(path.stat().st_size for path in files)
+    assert {path.suffix for path in files} == {".json", ".md", ".safetensors"}
+    assert (recipe.adapters / "predictor" / "rows.parquet").is_file()
+    assert not list(report.folder.rglob("rows.parquet"))
+    mine, theirs = find_adapters(report.folder), find_adapters(recipe.adapters)
+    assert {e: a.digest for e, a in mine.items()} == {e: a.digest for e, a in theirs.items()}
+    with pytest.raises(InputError, match="not empty"):
+        release(recipe, tmp_path / "experts")
+    with pytest.raises(ModelNotFoundError):
+        release(with_folder(recipe, tmp_path / "nothing"), tmp_path / "other")
 
 
 def test_a_second_run_skips_everything(

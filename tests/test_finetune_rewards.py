@@ -83,7 +83,7 @@ def test_the_judge_reads_the_predictors_prompt_with_the_rationale(fake: Make) ->
     assert asked[0].adapter == "predictor"
     whole = "\n".join(message.content for message in asked[0].messages)
     assert GOOD in whole
-    assert "rated 4" in whole  # the history's, as at inference
+    assert "1: 4" in whole  # the history's, as at inference
     bare = RationaleReward(fake(rate=rate), SCALE, TokenBudgets())
     earned(bare, [GOOD])
     assert asked[1].adapter is None  # no adapter there: the base model judges

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,34 @@ def test_a_step_changes_the_adapter_and_nothing_else(
     }
     assert before.keys() <= after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["text", "activated rating"])
+def test_on_a_cpu_bfloat16_is_what_passes_are_computed_in(
+    kind: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    """The weights stay in float32, base and adapter: small steps are not rounded away."""
+    whole, _, _ = run(tiny_base, tmp_path / "whole", kind, max_steps=3)
+    half, trainee, _ = run(
+        tiny_base, tmp_path / "half", kind, max_steps=3, recipe={"dtype": "bfloat16"}
+    )
+    assert trainee.dtype == "bfloat16"
+    assert {p.dtype for p in half.trainer.model.parameters()} == {torch.float32}
+    a, b = (saved(fitted, tmp_path / name) for fitted, name in ((whole, "a"), (half, "b")))
+    assert not same(a, b)
+    assert same(a, b, tolerance=0.05)
+
+
+def test_adapters_are_saved_in_16_bits_where_asked(tiny_base: Path, tmp_path: Path) -> None:
+    fitted, _, _ = run(tiny_base, tmp_path / "run", max_steps=2)
+    whole = saved(fitted, tmp_path / "whole")
+    half = saved(replace(fitted, saved_dtype="float16"), tmp_path / "half")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    assert same(whole, {name: tensor.float() for name, tensor in half.items()}, tolerance=1e-3)
+    sizes = [
+        (tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("whole", "half")
+    ]
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 @pytest.mark.parametrize("kind", ["rating", "activated rating"])

@@ -175,6 +175,21 @@ def test_the_seed_and_the_rows_decide_not_their_order(recipe_of: Make, tmp_path:
     assert keys(other, "test") == drawn["test"]  # all of them
 
 
+def test_further_rows_show_averages_alone(recipe_of: Make) -> None:
+    before = recipe_of()
+    make_splits(before)
+    worded = keys(before, "train")
+    recipe = replace(recipe_of(averages_rows=25), work=before.work.with_name("more"))
+    report = make_splits(recipe)
+    assert report.averages == 25
+    assert keys(recipe, "train") == worded  # as if the others were not there
+    numbers = set(keys(recipe, "train", "averages"))
+    assert len(numbers) == 25
+    assert not numbers & set(worded)
+    with pytest.raises(SettingError, match="averages_rows=-1"):
+        make_splits(recipe_of(averages_rows=-1))
+
+
 def test_a_lot_is_a_beginning_of_a_larger_one() -> None:
     reviews = some_reviews(50)
     whole = by_lot(reviews, 1, "x")
@@ -201,6 +216,7 @@ def test_the_files_and_their_manifest(recipe_of: Make) -> None:
     assert manifest["counts"] == {
         "reward": 40,
         "instruction": 60,
+        "averages": 0,
         "validation": report.validation,
         "test": report.test,
     }

@@ -35,8 +35,8 @@ STARS = {
     mark("ann", "rock"): -0.5,
     mark("ben", "target"): -0.25,
     "Reason": 0.125,
-    "average 3.00 over 2": 0.5,
-    "average 2.00 over 1": -0.375,
+    "average 3.00 of 2": 0.5,
+    "average 2.00 of 1": -0.375,
 }
 """How far a word in the predictor's prompt moves the mean from 3."""
 
@@ -94,7 +94,7 @@ def test_the_averages_stay_when_a_review_goes(fake: Fake) -> None:
     made.rate("ann", "target", at(9), influence="same")
     without = [r for r in made.script.ratings[1:] if mark("ann", "folk") not in prompt(r)]
     assert len(without) == 1
-    assert "average 3.00 over 2" in prompt(without[0])
+    assert "average 3.00 of 2" in prompt(without[0])
     assert "Reason 0." in prompt(without[0])
 
 
@@ -241,7 +241,7 @@ def test_what_was_cut_from_the_evidence_has_no_influence(fake: Fake) -> None:
 
 def test_a_review_without_words_counts_too(fake: Fake) -> None:
     rows = [*TABLE[1:], review("ann", "mute", 3, 5, text="")]
-    script = Script(weights=lambda r: two_values(3 + ('rated 5; "Mute"' in prompt(r))))
+    script = Script(weights=lambda r: two_values(3 + ('"Mute"' in prompt(r) and "2: 5;" in prompt(r))))
     row = make_bench(fake, rows, script=script).rate("ann", "target", at(9), influence="same")
     assert influence(row)["user_review", "ann", "mute"] == pytest.approx((3.0, 1.0))
 

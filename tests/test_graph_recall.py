@@ -83,16 +83,16 @@ def test_the_last_reviews_are_read_and_all_of_them_averaged(bench: Bench) -> Non
     assert items(state) == ["rock", "jazz"]
     assert users(state) == ["cas", "dan"]
     assert state["case"]["user_stats"]["count"] == state["case"]["item_stats"]["count"] == 3
-    context = bench.script.ratings[-1].messages[1].content
-    assert "average 3.50 over 3" in context
-    assert "average 3.17 over 3" in context
+    task = bench.script.ratings[-1].messages[2].content
+    assert "average 3.50 of 3" in task
+    assert "average 3.17 of 3" in task
 
 
 def test_without_history_the_averages_remain(bench: Bench) -> None:
     state = bench.run("ann", "target", at(10), history=0)
     assert pairs(state, "user") == pairs(state, "item") == []
     assert state["recommendation"]["cold_start"] is None
-    assert "average 3.50 over 3" in bench.script.ratings[-1].messages[1].content
+    assert "average 3.50 of 3" in bench.script.ratings[-1].messages[2].content
 
 
 @pytest.mark.parametrize("as_of", ["2020-09-23T12:26:40Z", "2020-09-23T14:26:40+02:00", at(10)])
@@ -244,8 +244,9 @@ def test_ten_points_and_fractions(fake: Fake) -> None:
     assert (found["mode"], found["user_aspects"][0]["rating"]) == (10, 9.25)
     assert "rated 9.25 on a scale from 1 to 10" in prompt(script.summaries[0])
     context, task = script.ratings[0].messages[1:]
-    assert "rated 9.25;" in context.content
-    assert "rated 7.5;" in context.content
+    assert "9.25" not in context.content
+    assert "Ratings by this person: 1: 9.25; average 9.25 of 1" in task.content
+    assert "others: 1: 7.5; average 7.50 of 1" in task.content
     assert "1, 2, 3, 4, 5, 6, 7, 8, 9, 10" in task.content
 
 
@@ -270,7 +271,7 @@ def test_the_reasoner_sees_no_rating(fake: Fake) -> None:
     (as_is, rated), (lowered, rated_low) = seen
     assert as_is == lowered
     assert rated != rated_low
-    assert "rated 1.25" in rated_low
+    assert "1: 1.25, " in rated_low
     assert "average" not in as_is
 
 
@@ -360,7 +361,7 @@ def test_cold_start_of_a_known_user(bench: Bench) -> None:
     assert 1 <= found["rating"] <= 5
     assert bench.script.summaries == []
     assert prompt(bench.script.rationales[0]).count("none yet") == 2
-    assert prompt(bench.script.ratings[0]).count("no ratings yet") == 2
+    assert prompt(bench.script.ratings[0]).count("none yet") == 4
 
 
 def test_cold_start_of_either_side(bench: Bench) -> None:

@@ -101,7 +101,8 @@ def test_a_review_without_words_is_not_summarized(fake: Fake) -> None:
     assert spent(found) == (1, 0)
     [silent] = found["user_aspects"]
     assert (silent["rating"], silent["positive"], silent["values"]) == (5, [], [])
-    assert 'rated 5; "Folk"; said nothing' in prompt(bench.script.ratings[0])
+    assert '1. "Folk"; said nothing' in prompt(bench.script.ratings[0])
+    assert "Ratings by this person: 1: 5; average" in prompt(bench.script.ratings[0])
 
 
 def test_doubled_reviews_are_summarized_once(fake: Fake) -> None:

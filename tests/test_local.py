@@ -343,7 +343,7 @@ def test_a_closed_engine_lets_go_of_the_model(load: Load) -> None:
 def test_on_cuda_the_default_is_bfloat16_and_close_to_float32(
     real_engine: BatchingEngine,
 ) -> None:
-    engine, _ = load_local_engine("smollm2-135m", device="cuda")
+    engine, _ = load_local_engine("smollm2-135m", "none", device="cuda")
     request = RateRequest((Message("user", "Rate this album from 1 to 5."),))
     with engine:
         assert engine.info.dtype == "bfloat16"

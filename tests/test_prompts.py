@@ -248,10 +248,11 @@ def test_the_reasoner_never_sees_a_rating() -> None:
 
 
 def test_the_predictor_sees_ratings_and_averages() -> None:
-    context = render("predictor", inputs("predictor", rating=3.25)).context
-    assert context.count("rated 3.25") == 3
-    assert context.count("average 3.71 over 3") == 1
-    assert context.count("no ratings yet") == 1
+    shown = render("predictor", inputs("predictor", rating=3.25))
+    assert shown.task.count(": 3.25") == 3
+    assert shown.task.count("average 3.71 of 3, spread ") == 1
+    assert "Ratings by this person: 1: 3.25, 2: 3.25; average" in shown.task
+    assert shown.context == render("predictor", inputs("predictor", rating=4)).context
 
 
 def test_the_predictor_sees_what_the_averages_suggest_right_before_the_question() -> None:
@@ -378,7 +379,7 @@ def test_hostile_texts_become_no_control_tokens_of_the_real_tokenizer(
 @pytest.mark.parametrize("name", prompts.EXPERT_PROMPTS)
 def test_the_front_matter_names_the_inputs(name: str) -> None:
     info = prompt_info(name)
-    assert (info.name, info.version) == (name, {"predictor": 2}.get(name, 1))
+    assert (info.name, info.version) == (name, {"predictor": 3}.get(name, 1))
     assert "2502.02061" in info.paper
     source = (prompts.prompts_dir() / f"{name}.jinja").read_text(encoding="utf-8")
     body = source.split("---\n", 2)[2]

@@ -87,22 +87,30 @@ def make_adapter(
     prompt_digest: str | None = None,
     base_digest: str | None = None,
     rank: int = 4,
+    activated: bool = False,
 ) -> Path:
-    """Write a random LoRA adapter (all linear layers) for the model in `base_dir` to `out`.
+    """Write a random LoRA adapter (all linear layers) for the model in `base_dir` to `out`; an
+    activated one adapts only a prompt's last turn.
 
     Its B matrices are not zero, so that it changes what the model says. With a prompt or base
     digest an `r4r.json` is written beside it; without either there is none.
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from r4r_graph.engine.tokens import HubTokenMeter
+
+    opening = None
+    if activated:
+        opening = list(HubTokenMeter(AutoTokenizer.from_pretrained(base_dir)).task_opening)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules="all-linear",
         init_lora_weights=False,
+        alora_invocation_tokens=opening,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

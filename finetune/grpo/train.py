@@ -302,7 +302,7 @@ def _fit(
         "reward_after": sum(rewards[-part:]) / max(1, len(rewards[-part:])),
         "train_runtime": float(output.metrics["train_runtime"]),
     }
-    return Fitted(trainer, trainee.base, metrics, None)
+    return Fitted(trainer, trainee.base, metrics, None, recipe.saved_dtype)
 
 
 def _facts(

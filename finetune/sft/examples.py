@@ -17,7 +17,7 @@ from finetune.rows import Summaries, soft_target, target_evidence
 from finetune.settings import RatingTrainingSettings, Recipe
 from finetune.teacher.labels import fit_summary
 from r4r_graph.engine.aspects import format_aspects
-from r4r_graph.engine.tokens import HubTokenMeter
+from r4r_graph.engine.tokens import HubTokenMeter, opening_of
 from r4r_graph.errors import DataError
 from r4r_graph.evidence import Evidence
 from r4r_graph.experts import predictor_prompt, reasoner_prompt, summarizer_prompt
@@ -140,11 +140,9 @@ def within_length(
 def context_length(prompt: Sequence[int], opening: Sequence[int]) -> int:
     """How many tokens precede the task's turn: up to the last place where `opening` stands, as
     PEFT finds where an activated LoRA begins."""
-    size = len(opening)
-    for at in range(len(prompt) - size, -1, -1):
-        if tuple(prompt[at : at + size]) == tuple(opening):
-            return at
-    raise DataError("a prompt without the tokens that open its task")
+    if (at := opening_of(prompt, opening)) < 0:
+        raise DataError("a prompt without the tokens that open its task")
+    return at
 
 
 def _key(target: Review) -> tuple[str, str, float]:

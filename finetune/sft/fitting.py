@@ -31,7 +31,7 @@ from r4r_graph.caches import write_atomically
 from r4r_graph.engine.decoding import Grammars, RatingReadout
 from r4r_graph.engine.model_files import first_line, read_json
 from r4r_graph.engine.tokens import HubTokenMeter
-from r4r_graph.engine.weights import BaseModel, find_base, load_model
+from r4r_graph.engine.weights import BaseModel, find_base, load_model, pick_device
 from r4r_graph.errors import (
     DataError,
     MissingExtraError,
@@ -65,6 +65,7 @@ class Trainee:
     meter: HubTokenMeter
     device: str
     dtype: str
+    """What passes are computed in."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Fitted:
     """Steps, rows, losses, tokens, seconds."""
     validation: Any
     """The validation rows as a dataset; None without any."""
+    saved_dtype: str = "float32"
 
 
 def load_trainee(recipe: Recipe) -> Trainee:
@@ -96,9 +98,15 @@ def load_trainee(recipe: Recipe) -> Trainee:
 
         torch.set_num_threads(recipe.threads)
     base = find_base(recipe.base)
+    # On a CPU a frozen base in float32 under autocast takes fewer casts than one in bfloat16.
+    autocast = recipe.dtype == "bfloat16" and pick_device(recipe.device) == "cpu"
     model, tokenizer, device, dtype = load_model(
-        base, device=recipe.device, dtype=recipe.dtype, quantize_4bit=recipe.quantize_4bit
+        base,
+        device=recipe.device,
+        dtype="float32" if autocast else recipe.dtype,
+        quantize_4bit=recipe.quantize_4bit,
     )
+    dtype = "bfloat16" if autocast else dtype
     return Trainee(base, model, tokenizer, HubTokenMeter(tokenizer), device, dtype)
 
 
@@ -213,7 +221,7 @@ def fit(
     metrics["train_rows"] = len(train)
     metrics["steps"] = trainer.state.global_step
     metrics["tokens_seen"] = float(trainer._total_train_tokens)
-    return Fitted(trainer, trainee.base, metrics, checks)
+    return Fitted(trainer, trainee.base, metrics, checks, recipe.saved_dtype)
 
 
 def adapted(
@@ -275,6 +283,7 @@ def save_adapter(fitted: Fitted, out: Path, describe: Callable[[Path], None]) ->
     try:
         # The base's embeddings are not ours; tuned tokens and heads are saved by PEFT itself.
         fitted.trainer.model.save_pretrained(str(scratch), save_embedding_layers=False)
+        cast_weights(scratch / "adapter_model.safetensors", fitted.saved_dtype)
         # The base by its name: a path of this machine means nothing elsewhere.
         config = read_json(scratch / "adapter_config.json")
         config["base_model_name_or_path"] = fitted.base.name
@@ -292,6 +301,21 @@ def save_adapter(fitted: Fitted, out: Path, describe: Callable[[Path], None]) ->
         raise TrainingError(f"cannot write the adapter {out}: {error}; free some space") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def cast_weights(file: Path, dtype: str) -> None:
+    """Write the floats of a safetensors file anew in another precision."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    wanted = getattr(torch, dtype)
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = opened.metadata()
+    if any(tensor.dtype != wanted for tensor in tensors.values()):
+        cast = {name: tensor.to(wanted).contiguous() for name, tensor in tensors.items()}
+        save_file(cast, file, metadata)
 
 
 def _head(lora: LoraSettings, model: Any, readout: RatingReadout | None) -> dict[str, Any]:
@@ -348,7 +372,6 @@ def _arguments(
             f"batch={settings.batch} cannot be shared by passes of {settings.micro_batch} rows on "
             f"{rows_at_once // settings.micro_batch} processes; change batch or micro_batch"
         )
-    mixed = on_cuda and trainee.dtype == "bfloat16"
     return SFTConfig(
         output_dir=str(folder),
         seed=recipe.seed,
@@ -376,7 +399,7 @@ def _arguments(
         save_total_limit=2,
         report_to=settings.report_to,
         use_cpu=not on_cuda,
-        bf16=mixed,
+        bf16=trainee.dtype == "bfloat16",
         gradient_checkpointing=settings.gradient_checkpointing,
         max_length=None,  # nothing is cut: rows that are too long are left out before
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -215,6 +215,9 @@ def _plan_predictor(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
     checks = _drawn(checks, settings.validation_rows, recipe)
     examples = rating_examples(targets, rationales, source, summaries, meter, recipe, settings)
     train, left_out = _fitting(examples, settings)
+    numbers = read_targets(recipe, "train", "averages")
+    bare = _without_dropout(settings, rationale=False, texts=False)
+    train += rating_examples(numbers, {}, source, {}, meter, recipe, bare)
     # Checked as it will be asked: with everything it may be shown.
     whole = settings.rationale_dropout < 1
     shown = _without_dropout(settings, rationale=whole, texts=settings.text_dropout < 1)
@@ -229,8 +232,8 @@ def _plan_predictor(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
         train,
         validation,
         left_out,
-        _data(targets, summaries),
-        row_keys=[_key(t) for t in targets],
+        _data(targets, summaries) | {"targets with averages alone": len(numbers)},
+        row_keys=[_key(t) for t in (*targets, *numbers)],
         targets=checks,
     )
 

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 from finetune.settings import RatingLoss
 from finetune.sft.examples import context_length
 from finetune.sft.losses import rating_log_probs, rating_loss
+from r4r_graph.engine.contexts import positions
 from r4r_graph.engine.decoding import RatingReadout
 from r4r_graph.errors import DivergedError
 
@@ -273,12 +274,6 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None for checkpoints: the finished adapter has a card of ours."""
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids of left-padded rows."""
-    where: torch.Tensor = (mask.cumsum(-1) - 1).clamp(min=0)
-    return where
 
 
 def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:

@@ -259,10 +259,12 @@ def open_teacher(recipe: Recipe, answers: Path, engine: Engine | None = None) ->
         raise SettingError("teacher.base_url needs the name of a model in teacher.model")
     owned = None
     if engine is None:
+        from r4r_graph.engine.adapters import NONE
         from r4r_graph.engine.local import load_local_engine
 
         engine = owned = load_local_engine(
             recipe.base,
+            NONE,
             device=recipe.device,
             dtype=recipe.dtype,
             quantize_4bit=recipe.quantize_4bit,

@@ -69,7 +69,7 @@ def _models(base: str, adapters: str | None) -> Iterator[Finding]:
         yield Finding("base model", False, base, str(error))
         return
     try:
-        found = find_adapters(adapters)
+        found = find_adapters(adapters, model)
     except R4RError as error:
         yield Finding("adapters", False, str(adapters), str(error))
         return

@@ -51,7 +51,8 @@ def evaluate(
     adapters: Annotated[
         list[str] | None,
         typer.Option(
-            help="Adapters to predict with, as [NAME=]FOLDER[@CONDITION]; none: the base model. "
+            help="Adapters to predict with, as [NAME=]FOLDER[@CONDITION]; in the folder's place "
+            "shipped: the package's own, none: the base model. "
             "Give several to compare them with the first."
         ),
     ] = None,
@@ -93,7 +94,7 @@ def evaluate(
         float | None, typer.Option(help="An item is liked from this rating on; default 4 of 1-5.")
     ] = None,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = 2000,
-    history: HistoryOption = 10,
+    history: HistoryOption = None,
     rationales: RationalesOption = 1,
     base: BaseOption = "smollm2-135m",
     scale: ScaleOption = "1-5",
@@ -152,7 +153,7 @@ def evaluate(
     )
     record_sample(rows, out_folder / "sample.parquet")
 
-    def open_recommender(folder: str | None) -> Any:
+    def open_recommender(folder: str) -> Any:
         return load(
             source,
             None,

@@ -31,7 +31,10 @@ BaseOption = Annotated[
 ]
 AdaptersOption = Annotated[
     str | None,
-    typer.Option(help="Folder with summarizer/, reasoner/, predictor/; none: the base model."),
+    typer.Option(
+        help="Folder with summarizer/, reasoner/, predictor/; none: the base model alone; left "
+        "out: those that come with the package."
+    ),
 ]
 MismatchOption = Annotated[
     bool, typer.Option(help="Accept adapters trained on another version of their prompt.")
@@ -51,7 +54,9 @@ InfluenceOption = Annotated[
         "is), or new (with a rationale written anew)."
     ),
 ]
-HistoryOption = Annotated[int, typer.Option(help="Latest reviews read on each side.")]
+HistoryOption = Annotated[
+    int | None, typer.Option(help="Latest reviews read on each side; as in training if left out.")
+]
 RationalesOption = Annotated[
     int, typer.Option(help="Rationales to draw and mix; stops early when sure.")
 ]

@@ -34,6 +34,11 @@ from r4r_graph.errors import (
 EXPERTS = ("summarizer", "reasoner", "predictor")
 """The experts that may have an adapter of their own."""
 
+NONE, SHIPPED = "none", "shipped"
+"""In the place of a folder: the base model alone, and the adapters that come with the package."""
+
+_SHIPPED = Path(__file__).parents[1] / "_adapters"
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Name of each weight of a model (`model.layers.0.mlp.up_proj.weight`) to its shape."""
 
@@ -69,22 +74,34 @@ class Adapter:
 
 def find_adapters(
     adapters: str | Path | Mapping[str, str | Path | None] | None,
+    base: BaseModel | None = None,
     *,
     calibrated: bool = True,
 ) -> dict[str, Adapter]:
     """The adapters that `adapters` names, by expert; experts without one are left out.
 
     `adapters` is a directory with a subfolder for each expert, a mapping from experts to
-    directories (None: no adapter), or None or `"none"` for no adapters at all. Without
+    directories (None: no adapter), `"none"` for no adapters at all, `"shipped"` for those that
+    come with the package for this base model, or None for these if there are any. Without
     `calibrated` a predictor's calibration counts for nothing, its digest included.
 
     Raises:
         SettingError: the mapping names an unknown expert.
-        ModelNotFoundError: a directory or file is not there.
+        ModelNotFoundError: a directory or file is not there, or nothing is shipped for the base.
         ModelError: an adapter that is damaged, pickled, no LoRA, or another expert's, or a
             damaged calibration.
     """
-    if adapters is None or adapters == "none":
+    if adapters is None or adapters == SHIPPED:
+        if (shipped := _shipped(base)) is not None:
+            return find_adapters(shipped, base, calibrated=calibrated)
+        if adapters is None:
+            return {}
+        raise ModelNotFoundError(
+            "no adapters come with the package for "
+            f"{'an unknown base model' if base is None else f'the base model {base.name!r}'}: "
+            f"train some, or pass {NONE!r} to let the base model answer"
+        )
+    if adapters == NONE:
         return {}
     if isinstance(adapters, Mapping):
         if unknown := [name for name in adapters if name not in EXPERTS]:
@@ -109,6 +126,17 @@ def find_adapters(
         for name in EXPERTS
         if name in chosen
     }
+
+
+def _shipped(base: BaseModel | None) -> Path | None:
+    """The folder of the adapters that come with the package for these very weights."""
+    if base is None or not _SHIPPED.is_dir():
+        return None
+    for folder in sorted(_SHIPPED.iterdir()):
+        made_for = {_note(folder / expert, expert).get("base_digest") for expert in EXPERTS}
+        if base.digest in made_for:
+            return folder
+    return None
 
 
 def check_adapter(

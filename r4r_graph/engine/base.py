@@ -73,12 +73,20 @@ class RateRequest:
     siblings: int = field(default=1, compare=False)
 
 
+RatingSource = Literal["logits", "logprobs", "samples"]
+"""Where a distribution comes from: all of the model's logits at the answer's place; the likeliest
+tokens that a model told of; or the shares of answers that were drawn."""
+
+
 @dataclass(frozen=True, slots=True)
 class RateResult:
     """A rating distribution and what it cost."""
 
     distribution: RatingDistribution
     prompt_tokens: int
+    source: RatingSource = "logits"
+    completion_tokens: int = 1
+    """More than one where answers were drawn."""
 
 
 @dataclass(frozen=True, slots=True)

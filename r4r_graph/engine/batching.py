@@ -54,6 +54,8 @@ class Prepared:
     """Requests with equal keys may share a forward pass."""
     cost: int
     """Token positions it needs: prompt and longest answer."""
+    context: int = 0
+    """Tokens before the task, which another prompt may begin with too; 0 if not known."""
 
 
 @dataclass(slots=True)

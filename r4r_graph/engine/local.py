@@ -12,6 +12,7 @@ import json
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,18 @@ from r4r_graph.engine.base import (
     check_decoding,
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
+from r4r_graph.engine.contexts import LEAST, ContextCache, positions
 from r4r_graph.engine.decoding import GRAMMAR_FACTS, Grammars, RatingReadout
 from r4r_graph.engine.tokens import HubTokenMeter
-from r4r_graph.errors import RequestError
+from r4r_graph.errors import RequestError, SettingError
 from r4r_graph.ratings import RatingScale
 
 if TYPE_CHECKING:
     import torch
+
+
+CONTEXT_CACHE_MB = 512
+"""A dozen contexts of the default model at its longest, several dozen usual ones."""
 
 
 class LocalBackend:
@@ -44,6 +50,8 @@ class LocalBackend:
         info: what to report; `info.adapters` must name the `adapters`.
         adapters: adapter name to PEFT directory.
         calibrations: adapter name to what its rating distributions are passed through.
+        context_bytes: how much of the latest contexts is kept (see `engine.contexts`); 0 reads
+            every prompt from its beginning.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class LocalBackend:
         info: EngineInfo,
         adapters: Mapping[str, Path],
         calibrations: Mapping[str, Calibration] | None = None,
+        context_bytes: int = 0,
     ) -> None:
         from transformers import GenerationConfig
 
@@ -75,6 +84,10 @@ class LocalBackend:
             self._add_adapter(model, name, path)
         self._model = self._adapted if self._adapted is not None else model
         self._model.eval()
+        self.contexts: ContextCache | None = None
+        if context_bytes and ContextCache.fits(model):
+            base = model if self._adapted is None else self._adapted.get_base_model()
+            self.contexts = ContextCache(base.base_model, self._pad, context_bytes)
         self._grammars.index(aspects.GRAMMAR)  # compiled now, not inside the first request
 
     def _add_adapter(self, model: Any, name: str, path: Path) -> None:
@@ -92,7 +105,7 @@ class LocalBackend:
 
     def close(self) -> None:
         """Let go of the model."""
-        self._model = self._adapted = None
+        self._model = self._adapted = self.contexts = None
 
     # On callers' threads ---------------------------------------------------------------------
 
@@ -122,7 +135,10 @@ class LocalBackend:
                 f"a prompt of {len(ids)} tokens and an answer of up to {answer} exceed the "
                 f"model's {self.info.max_tokens} positions; shorten the history or the budgets"
             )
-        return Prepared(request, ids, key, cost)
+        summary = isinstance(request, GenerateRequest) and request.format == "aspects"
+        # A review is read once: what summaries have in common is too short to share.
+        context = 0 if summary or self.contexts is None else self.meter.context_length(ids)
+        return Prepared(request, ids, key, cost, context)
 
     def fingerprint(self, request: GenerateRequest) -> str:
         """See `Engine.fingerprint`."""
@@ -172,21 +188,24 @@ class LocalBackend:
         readout = self._readout(request.scale)
         calibration = self._calibration(request)
         depth = max(map(len, readout.probes))
-        sequences, kept = [], depth + 1
+        sequences: list[tuple[int, ...]] = []
+        cuts: list[int] = []
         for row in rows:
             for probe in readout.probes:
                 # Shorter probes are filled up behind, where nothing is read.
                 fill = (self._pad,) * (depth - len(probe))
                 sequences.append((*row.prepared.ids, *probe, *fill))
-        ids, mask = self._left_padded(sequences)
-        with self._adapter(request.adapter), torch.inference_mode():
-            logits = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                logits_to_keep=kept,
-                use_cache=False,
-            ).logits
+                cuts.append(row.prepared.context)
+        with torch.inference_mode():
+            batch = self._batch(request.adapter, sequences, cuts)
+            with self._adapter(request.adapter):
+                logits = self._model(
+                    input_ids=batch.ids[:, batch.read :],
+                    attention_mask=batch.mask,
+                    position_ids=positions(batch.mask)[:, batch.read :],
+                    logits_to_keep=depth + 1,
+                    **(batch.cache or {"use_cache": False}),
+                ).logits
         log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
         results: list[RateResult | Exception] = []
         for i, row in enumerate(rows):
@@ -208,8 +227,13 @@ class LocalBackend:
         from r4r_graph.engine.rows import RowSampler, RowStopper
 
         requests = [_generate_request(row) for row in rows]
-        ids, mask = self._left_padded([row.prepared.ids for row in rows])
-        width = ids.shape[1]
+        with torch.inference_mode():
+            batch = self._batch(
+                requests[0].adapter,
+                [row.prepared.ids for row in rows],
+                [row.prepared.context for row in rows],
+            )
+        width = batch.ids.shape[1]
         stopper = RowStopper(rows, width, self._ends, self._text)
         sampler = RowSampler(requests, width, self._grammars, stopper.done)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -220,11 +244,12 @@ class LocalBackend:
         )
         with self._adapter(requests[0].adapter), torch.inference_mode():
             output = self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([stopper]),
+                **batch.cache,
             )
         answers = output[:, width:].tolist()
         return [
@@ -237,6 +262,38 @@ class LocalBackend:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def _batch(
+        self, adapter: str | None, sequences: Sequence[tuple[int, ...]], cuts: Sequence[int]
+    ) -> _Batch:
+        """The rows' inputs; where it pays, with their contexts (the first `cuts` tokens) read
+        already."""
+        import torch
+
+        space = self._space(adapter)
+        contexts = [ids[:cut] for ids, cut in zip(sequences, cuts, strict=True)]
+        if self.contexts is None or min(cuts) < LEAST:
+            return _Batch(*self._left_padded(sequences))
+        if space and not self.contexts.pays(space, contexts):
+            return _Batch(*self._left_padded(sequences))
+        with self._adapter(space or None):
+            read = self.contexts.read(space, contexts)
+        cache, before = self.contexts.join([(context, len(context.ids)) for context in read])
+        ids, mask = self._left_padded([ids[cut:] for ids, cut in zip(sequences, cuts, strict=True)])
+        begun, _ = self._left_padded(contexts)
+        return _Batch(
+            torch.cat([begun, ids], dim=1),
+            torch.cat([before, mask], dim=1),
+            before.shape[1],
+            {self.contexts.argument: cache, "use_cache": True},
+        )
+
+    def _space(self, adapter: str | None) -> str:
+        """Under which adapter a context is read: none, where it begins behind the context."""
+        if adapter is None or self._adapted is None:
+            return ""
+        activated = self._adapted.peft_config[adapter].alora_invocation_tokens
+        return "" if activated else adapter
 
     def _left_padded(
         self, sequences: Sequence[tuple[int, ...]]
@@ -263,6 +320,18 @@ class LocalBackend:
             yield
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The inputs of one forward pass."""
+
+    ids: torch.Tensor
+    """Shape (rows, longest), as `mask`."""
+    mask: torch.Tensor
+    read: int = 0
+    """How many of the columns are read already: their keys and values are in `cache`."""
+    cache: Mapping[str, Any] = field(default_factory=dict)
+
+
 def _generate_request(row: Row) -> GenerateRequest:
     assert isinstance(row.prepared.request, GenerateRequest)
     return row.prepared.request
@@ -278,6 +347,7 @@ def load_local_engine(
     prompts: Mapping[str, str] | None = None,
     allow_prompt_mismatch: bool = False,
     max_batch_tokens: int | None = None,
+    context_cache_mb: int = CONTEXT_CACHE_MB,
     calibrated: bool = True,
 ) -> tuple[BatchingEngine, list[str]]:
     """Load a base model and its adapters; returns the engine and warnings.
@@ -285,13 +355,16 @@ def load_local_engine(
     Args:
         base: `smollm2-135m`, a local directory, or a Hub id.
         adapters: a directory with `summarizer/`, `reasoner/`, `predictor/` (any may be absent),
-            a mapping of those names to directories, or None / `"none"` for the base model alone.
+            a mapping of those names to directories, `"none"` for the base model alone, or None
+            for those that come with the package for this base model, if there are any.
         device: `cpu` or `cuda`; None takes CUDA where there is one.
         dtype: None is float32 on a CPU and bfloat16 on CUDA.
         quantize_4bit: load the base model in 4 bits (CUDA only).
         prompts: expert name to the digest of its prompt here, to hold adapters against.
         allow_prompt_mismatch: accept adapters trained on another version of their prompt.
         max_batch_tokens: token positions in one forward pass; None chooses by device.
+        context_cache_mb: MiB of the latest contexts' keys and values to keep, so that prompts that
+            begin alike are read once; 0 reads each from its beginning.
         calibrated: apply the calibration beside the predictor's adapter, if there is one.
 
     Raises:
@@ -302,7 +375,7 @@ def load_local_engine(
     from r4r_graph.engine.weights import find_base, load_model
 
     found_base = find_base(base)
-    found = find_adapters(adapters, calibrated=calibrated)
+    found = find_adapters(adapters, found_base, calibrated=calibrated)
     notes: list[str] = []
     for expert, adapter in found.items():
         notes += check_adapter(
@@ -327,7 +400,11 @@ def load_local_engine(
     )
     paths = {expert: adapter.path for expert, adapter in found.items()}
     calibrations = {e: a.calibration for e, a in found.items() if a.calibration is not None}
-    backend = LocalBackend(model, tokenizer, info, paths, calibrations)
+    if context_cache_mb < 0:
+        raise SettingError(f"bad context_cache_mb={context_cache_mb}: 0 or more")
+    backend = LocalBackend(
+        model, tokenizer, info, paths, calibrations, context_bytes=context_cache_mb << 20
+    )
     tokens, rows = (131072, 128) if device.startswith("cuda") else (16384, 32)
     engine = BatchingEngine(backend, max_batch_tokens=max_batch_tokens or tokens, max_rows=rows)
     return engine, notes

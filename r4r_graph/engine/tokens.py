@@ -117,6 +117,15 @@ class HubTokenMeter:
         # One token earlier: the token that begins every turn.
         return one[begin - 1 : end]
 
+    def context_length(self, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt precede its task: up to the last place where `task_opening`
+        stands, as PEFT finds where an activated LoRA begins. 0 where there is no such place."""
+        try:
+            opening = self.task_opening
+        except ModelError:
+            return 0
+        return max(opening_of(ids, opening), 0)
+
     def _renders(self, shape: Callable[[Sequence[Message]], list[dict[str, str]]]) -> bool:
         """Whether the template accepts turns of this shape: some refuse a system turn, some two
         user turns in a row."""
@@ -126,6 +135,15 @@ class HubTokenMeter:
         except Exception:  # templates raise what they like
             return False
         return True
+
+
+def opening_of(ids: Sequence[int], opening: Sequence[int]) -> int:
+    """The last place where `opening` stands in `ids`; -1 if there is none."""
+    size = len(opening)
+    return next(
+        (i for i in range(len(ids) - size, -1, -1) if tuple(ids[i : i + size]) == tuple(opening)),
+        -1,
+    )
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from r4r_graph.engine.adapters import NONE, SHIPPED
 from r4r_graph.errors import DataError, R4RError, SettingError
 from r4r_graph.evaluation.evaluate import Contender
 from r4r_graph.evaluation.metrics import RESAMPLES
@@ -41,11 +42,8 @@ from r4r_graph.recommender import Recommender
 from r4r_graph.reviews import ReviewSource, TableReviewSource
 from r4r_graph.schema import AspectSummary, Review
 
-BASE_ALONE = "none"
-"""Stands for no adapters: the base model answers."""
-
-Load = Callable[[str | None], Recommender]
-"""Opens a recommender with the adapters in a folder; None: the base model alone."""
+Load = Callable[[str], Recommender]
+"""Opens a recommender with the adapters in a folder, with those `shipped`, or with `none`."""
 
 Tell = Callable[[str, JobProgress], None]
 """Told what is being done, and how far it is."""
@@ -64,14 +62,16 @@ class AdapterSet:
     """A set of experts to evaluate."""
 
     name: str
-    folder: str | None
-    """With `summarizer/`, `reasoner/` and `predictor/`; None: the base model alone."""
+    folder: str
+    """With `summarizer/`, `reasoner/` and `predictor/`; or `shipped`, or `none` (the base model
+    alone)."""
     condition: str = AS_IS
     """Under which it rates: that which its predictor was trained for."""
 
     @classmethod
     def parse(cls, text: str) -> AdapterSet:
-        """From `FOLDER`, `NAME=FOLDER` or `NAME=FOLDER@CONDITION`; the folder may be `none`.
+        """From `FOLDER`, `NAME=FOLDER` or `NAME=FOLDER@CONDITION`; the folder may be `shipped`
+        or `none`.
 
         Raises:
             SettingError: no such folder or condition, or a name that is no file name.
@@ -86,15 +86,18 @@ class AdapterSet:
             raise SettingError(
                 f"bad adapters {text!r}: a set rates under one of {', '.join((AS_IS, *BY_ITSELF))}"
             )
-        if folder != BASE_ALONE and not Path(folder).is_dir():
-            raise SettingError(f"bad adapters {text!r}: {folder!r} is no folder (nor {BASE_ALONE})")
-        name = name or ("base" if folder == BASE_ALONE else Path(folder).resolve().name)
+        if folder not in (NONE, SHIPPED) and not Path(folder).is_dir():
+            raise SettingError(
+                f"bad adapters {text!r}: {folder!r} is no folder (nor {SHIPPED} or {NONE})"
+            )
+        plain = {NONE: "base", SHIPPED: SHIPPED}
+        name = name or plain.get(folder) or Path(folder).resolve().name
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith((".", "_")):
             raise SettingError(
                 f"bad adapters {text!r}: the name {name!r} is to name a folder too; use letters, "
                 "digits, '.', '-' and '_'"
             )
-        return cls(name, None if folder == BASE_ALONE else folder, condition)
+        return cls(name, folder, condition)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def rate_targets(
         SettingError: an unknown condition, or one that lacks its rationales.
         InputError: the folder holds another job.
     """
-    settings = check_knobs({**knobs, "seed": seed})
+    settings = check_knobs({**knobs, "seed": seed}).settled(recommender.experts.history)
     folder = Path(out) / condition
     if condition == AS_IS:
         rate_pairs(

@@ -42,7 +42,8 @@ class Nodes:
 
     def recall(self, state: RatingState) -> Json:
         """Find both histories, and forget what an earlier run on this thread found."""
-        update = rules.recall(state, knobs(), self._reviews, self._experts.scale)
+        settings = knobs().settled(self._experts.history)
+        update = rules.recall(state, settings, self._reviews, self._experts.scale)
         fresh = ("rationales", "distributions", "truncated", "spans", "answers", "records")
         return {
             **update,

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from r4r_graph.errors import DataError, InputError, UnknownPairError
+from r4r_graph.evidence import HISTORY
 from r4r_graph.graph.state import Json, Knobs, RatingState
 from r4r_graph.ratings import RatingScale, RatingStats
 from r4r_graph.reviews import ReviewSource
@@ -39,6 +40,7 @@ def recall(
     user_id, item_id = _id(state, "user_id"), _id(state, "item_id")
     as_of = state.get("as_of")
     before = time.time() if as_of is None else unix_seconds(as_of, what="as_of")
+    limit = HISTORY if knobs.history is None else knobs.history
     given_user, given_item = state.get("user_history"), state.get("item_history")
     warnings: list[str] = []
 
@@ -54,11 +56,11 @@ def recall(
     item = _item(state.get("item"), item_id, before, reviews)
 
     if given_user is not None:
-        passed = _passed(given_user, before, knobs.history, {"user_id": user_id}, scale)
-        user = _without_pair(passed, user_id, item_id, knobs.history)
+        passed = _passed(given_user, before, limit, {"user_id": user_id}, scale)
+        user = _without_pair(passed, user_id, item_id, limit)
     elif reviews is not None:
         user = _Side(
-            reviews.user_history(user_id, before, knobs.history, without_item=item_id),
+            reviews.user_history(user_id, before, limit, without_item=item_id),
             reviews.user_stats(user_id, before, without_item=item_id),
         )
     else:
@@ -66,11 +68,11 @@ def recall(
 
     if given_item is not None:
         defaults = {"item_id": item_id, "title": item.title}
-        passed = _passed(given_item, before, knobs.history, defaults, scale)
-        others = _without_pair(passed, user_id, item_id, knobs.history)
+        passed = _passed(given_item, before, limit, defaults, scale)
+        others = _without_pair(passed, user_id, item_id, limit)
     elif reviews is not None:
         others = _Side(
-            reviews.item_history(item_id, before, knobs.history, without_user=user_id),
+            reviews.item_history(item_id, before, limit, without_user=user_id),
             reviews.item_stats(item_id, before, without_user=user_id),
         )
     else:

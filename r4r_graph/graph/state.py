@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self, get_args
 
 from langgraph.channels import EphemeralValue
 from langgraph.runtime import get_runtime
@@ -28,8 +28,8 @@ Influences = Literal["none", "same", "new"]
 class Knobs:
     """What a caller may set for one run; the graph's context."""
 
-    history: int = 10
-    """Latest reviews read on each side."""
+    history: int | None = None
+    """Latest reviews read on each side; None takes as many as the adapters were trained with."""
     rationales: int = 1
     """One is greedy; more are sampled, rated each, and their distributions mixed."""
     round_size: int = 4
@@ -54,7 +54,8 @@ class Knobs:
 
     def __post_init__(self) -> None:
         """Refuse what is of another type or out of range."""
-        _check_whole("history", self.history, 0)
+        if self.history is not None:
+            _check_whole("history", self.history, 0)
         _check_whole("rationales", self.rationales, 1, 256)
         _check_whole("round_size", self.round_size, 1)
         _check_whole("seed", self.seed)
@@ -70,6 +71,10 @@ class Knobs:
         _check("ask_below", self.ask_below, unsure, "a number from 0 to 1")
         warm = _is_number(self.temperature) and 0 < self.temperature < math.inf
         _check("temperature", self.temperature, warm, "a number above 0")
+
+    def settled(self, history: int) -> Self:
+        """With this length of history where none is asked for."""
+        return self if self.history is not None else replace(self, history=history)
 
 
 def check_knobs(settings: Mapping[str, Any]) -> Knobs:
