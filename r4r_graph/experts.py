@@ -33,10 +33,10 @@ from r4r_graph.engine.base import (
     TokenMeter,
 )
 from r4r_graph.engine.chat import EngineChatModel
-from r4r_graph.errors import EngineFailure
+from r4r_graph.errors import EngineFailure, SettingError
 from r4r_graph.evidence import (
-    HISTORY,
     DEFAULT_KIND,
+    HISTORY,
     Evidence,
     TokenBudgets,
     evidence_inputs,
@@ -49,6 +49,10 @@ from r4r_graph.schema import AspectSummary, Review, Truncation, plain_number
 from r4r_graph.summaries import SummaryCache
 
 Messages = tuple[Message, Message, Message]
+
+NO_REPEAT = 8
+"""Tokens of a rationale that are not said twice in a row of this length: small models go round in
+circles, and a reason does not get better by being said again."""
 """The three turns of an expert's prompt: system, context, task."""
 
 RatingCase = tuple[Evidence, str | None]
@@ -281,13 +285,31 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Experts:
-    """The three experts over one engine."""
+    """The three experts over one engine, or each over one of its own."""
 
     engine: Engine
     store: BaseStore | None = None
     """Where summaries are kept; None keeps none."""
     scale: RatingScale = field(default_factory=RatingScale)
     budgets: TokenBudgets = field(default_factory=TokenBudgets)
+    others: Mapping[str, Engine] = field(default_factory=dict)
+    """Engines for single experts, by the expert's name, in the place of `engine`."""
+
+    def __post_init__(self) -> None:
+        """Refuse an engine for nobody.
+
+        Raises:
+            SettingError: an unknown expert.
+        """
+        if unknown := sorted(set(self.others) - set(prompts.EXPERT_PROMPTS)):
+            raise SettingError(
+                f"no expert is called {unknown[0]!r}: engines are for "
+                f"{', '.join(prompts.EXPERT_PROMPTS)}"
+            )
+
+    def engine_of(self, expert: str) -> Engine:
+        """The engine that answers for this expert."""
+        return self.others.get(expert, self.engine)
 
     @property
     def history(self) -> int:
@@ -298,30 +320,48 @@ class Experts:
     @cached_property
     def summarizer(self) -> Summarizer:
         """One a bundle: its cache joins concurrent misses."""
-        return Summarizer(self.engine, SummaryCache(self.store), self.scale, self.budgets)
+        engine = self.engine_of("summarizer")
+        return Summarizer(engine, SummaryCache(self.store), self.scale, self.budgets)
 
     @cached_property
     def reasoner(self) -> Reasoner:
         """Behind a chat model, for streaming."""
-        chat = EngineChatModel(engine=self.engine, adapter=_adapter(self.engine, "reasoner"))
-        return Reasoner(chat, self.engine.meter, self.budgets)
+        engine = self.engine_of("reasoner")
+        chat = EngineChatModel(
+            engine=engine, adapter=_adapter(engine, "reasoner"), no_repeat=NO_REPEAT
+        )
+        return Reasoner(chat, engine.meter, self.budgets)
 
     @cached_property
     def predictor(self) -> Predictor:
         """On the bundle's scale."""
-        return Predictor(self.engine, self.scale, self.budgets)
+        return Predictor(self.engine_of("predictor"), self.scale, self.budgets)
 
     def model_card(self) -> dict[str, Any]:
-        """Base model, adapters and prompt digests, as a recommendation reports them."""
+        """Base model, adapters and prompt digests, as a recommendation reports them; where experts
+        have engines of their own, also what those are."""
         info = self.engine.info
+        adapters = {
+            name: self.engine_of(name).info.adapters.get(name) for name in prompts.EXPERT_PROMPTS
+        }
+        others = {
+            name: {"base": engine.info.base, "digest": engine.info.digest}
+            for name, engine in sorted(self.others.items())
+        }
         return {
             "base": info.base,
             "base_digest": info.digest,
             "device": info.device,
             "dtype": info.dtype,
-            "adapters": {name: info.adapters.get(name) for name in prompts.EXPERT_PROMPTS},
+            "adapters": adapters,
             "prompts": prompts.prompt_digests(),
+            **({"others": others} if others else {}),
         }
+
+    def close(self) -> None:
+        """Close all engines."""
+        for engine in {id(each): each for each in (self.engine, *self.others.values())}.values():
+            engine.close()
 
     def fit(self, evidence: Evidence) -> tuple[Evidence, tuple[Truncation, ...]]:
         """See `fit_evidence`."""

@@ -17,6 +17,7 @@ from r4r_graph.engine.aspects import parse_aspects
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine, Row
 from r4r_graph.engine.local import load_local_engine
+from r4r_graph.engine.rows import _repeating
 from r4r_graph.errors import ModelError, RequestError
 from r4r_graph.ratings import RatingScale
 
@@ -350,3 +351,31 @@ def test_on_cuda_the_default_is_bfloat16_and_close_to_float32(
         [there] = engine.rate([request])
     [here] = real_engine.rate([request])
     assert there.distribution.mean == pytest.approx(here.distribution.mean, abs=0.1)
+
+
+def test_no_run_of_tokens_is_written_twice(tiny_engine: Any) -> None:
+    """Here a run of one: no token at all."""
+    turns = (Message("user", "Which songs?"),)
+    free = GenerateRequest(turns, "reasoner", max_tokens=64)
+    [free_one, other] = tiny_engine.generate([free, replace(free, no_repeat=1)])
+    assert free_one.text != other.text
+    assert tiny_engine.generate([replace(free, no_repeat=1, seed=1)]) == [other]
+    prints = {tiny_engine.fingerprint(r) for r in (free, replace(free, no_repeat=1))}
+    assert len(prints) == 2
+    with pytest.raises(RequestError, match="no_repeat=-1"):
+        tiny_engine.generate([replace(free, no_repeat=-1)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "size", "banned"),
+    [
+        ([], 2, []),
+        ([1, 2], 3, []),
+        ([1, 2, 3, 1, 2], 3, [3]),
+        ([1, 2, 3, 1, 2, 4, 1, 2], 3, [3, 4]),
+        ([1, 1], 2, [1]),
+        ([1, 2], 1, [1, 2]),
+    ],
+)
+def test_what_would_repeat(answer: list[int], size: int, banned: list[int]) -> None:
+    assert _repeating(answer, size) == banned

@@ -47,6 +47,8 @@ class GenerateRequest:
     format: OutputFormat = "text"
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    no_repeat: int = 0
+    """No run of so many tokens is written twice; 0 lets it. Engines that cannot see to it do not."""
     siblings: int = field(default=1, compare=False)
     """How many requests like this one are on their way at the same moment (a fan-out's size):
     a batching engine waits a few milliseconds for them."""
@@ -133,10 +135,12 @@ def check_decoding(request: GenerateRequest) -> None:
         RequestError: it names them.
     """
     sound = request.max_tokens >= 1 and math.isfinite(request.temperature)
+    sound = sound and request.no_repeat >= 0
     if not sound or request.temperature < 0 or not 0 < request.top_p <= 1:
         raise RequestError(
             f"bad decoding settings: max_tokens={request.max_tokens}, "
-            f"temperature={request.temperature}, top_p={request.top_p}"
+            f"temperature={request.temperature}, top_p={request.top_p}, "
+            f"no_repeat={request.no_repeat}"
         )
 
 

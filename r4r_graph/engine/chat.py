@@ -50,6 +50,7 @@ class EngineChatModel(BaseChatModel):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    no_repeat: int = 0
 
     @property
     def _llm_type(self) -> str:
@@ -58,7 +59,7 @@ class EngineChatModel(BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         info = self._engine.info
-        settings = ("adapter", "max_tokens", "temperature", "top_p", "seed")
+        settings = ("adapter", "max_tokens", "temperature", "top_p", "seed", "no_repeat")
         return {
             "base": info.base,
             "digest": info.digest,
@@ -88,6 +89,7 @@ class EngineChatModel(BaseChatModel):
             top_p=settings.get("top_p", self.top_p),
             seed=settings.get("seed", self.seed),
             format=format,
+            no_repeat=self.no_repeat,
             siblings=settings.get("siblings", 1),
             stop=tuple(stop or ()),
         )

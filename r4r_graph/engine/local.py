@@ -98,10 +98,12 @@ class LocalBackend:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             # An adapter with a head of its own is meant to part from the tied embedding.
             warnings.filterwarnings("ignore", ".*`tie_word_embeddings=True` and a tied layer")
+            # In the base's own precision: PEFT would lift 16 bits to 32, at half the speed.
+            options: Any = {"adapter_name": name, "autocast_adapter_dtype": False}
             if self._adapted is None:
-                self._adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+                self._adapted = PeftModel.from_pretrained(model, str(path), **options)
             else:
-                self._adapted.load_adapter(str(path), adapter_name=name)
+                self._adapted.load_adapter(str(path), **options)
 
     def close(self) -> None:
         """Let go of the model."""
@@ -151,6 +153,7 @@ class LocalBackend:
             "grammar": GRAMMAR_FACTS if request.format == "aspects" else None,
             "max_tokens": request.max_tokens,
             "stop": request.stop,
+            **({"no_repeat": request.no_repeat} if request.no_repeat else {}),
             "sample": [request.temperature, request.top_p, request.seed]
             if request.temperature
             else None,

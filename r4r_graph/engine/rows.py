@@ -1,4 +1,4 @@
-"""Each row of a batch on its own: its seed, its grammar, its end, its listener.
+"""Each row of a batch on its own: its seed, its grammar, its repeats, its end, its listener.
 
 Two hooks into transformers' `generate` do it: a logits processor that leaves each row's chosen
 token as the greatest logit, and a stopping rule that ends rows one by one.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RowSampler(LogitsProcessor):
-    """Grammar, temperature, top-p and noise per row; then greedy decoding picks the sample.
+    """Grammar, repeats, temperature, top-p and noise per row; then greedy decoding picks the sample.
 
     Adding Gumbel noise to log-probabilities and taking the greatest is a draw from them. The noise
     comes from a generator of the row's own, so the sample does not depend on the batch.
@@ -54,6 +54,10 @@ class RowSampler(LogitsProcessor):
             if (decoder := self._decoders[i]) is not None:
                 mask = decoder.allowed()[: scores.shape[1]].to(scores.device)
                 scores[i] = scores[i].masked_fill(~mask, -torch.inf)
+            if request.no_repeat:
+                answer = input_ids[i, self._width :].tolist()
+                if banned := _repeating(answer, request.no_repeat):
+                    scores[i, banned] = -torch.inf
             if (generator := self._noise[i]) is not None:
                 scores[i] = _with_noise(scores[i], request, generator)
         return scores
@@ -79,6 +83,18 @@ class RowSampler(LogitsProcessor):
             # A row that is done receives padding from then on.
             if not self._done[i] and (decoder := self._decoders[i]) is not None:
                 decoder.advance(token)
+
+
+def _repeating(answer: Sequence[int], size: int) -> list[int]:
+    """The tokens that would make the answer's last `size` tokens a run that it holds already."""
+    recent = list(answer[len(answer) - size + 1 :]) if size > 1 else []
+    if len(answer) < size:
+        return []
+    return [
+        answer[at + size - 1]
+        for at in range(len(answer) - size + 1)
+        if answer[at : at + size - 1] == recent
+    ]
 
 
 def _with_noise(
