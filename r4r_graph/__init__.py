@@ -10,11 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from r4r_graph.configuration import Configuration, load_configured
     from r4r_graph.engine import Engine, fake_engine, load_local_engine
     from r4r_graph.errors import R4RError
     from r4r_graph.evidence import TokenBudgets
     from r4r_graph.experts import Experts
-    from r4r_graph.graph import Knobs, build_graph
+    from r4r_graph.graph import Knobs, build_graph, build_ranking_graph
+    from r4r_graph.ranking import CandidateProgress, Ranking, popular_items
     from r4r_graph.ratings import RatingDistribution, RatingScale
     from r4r_graph.recommender import Question, RationaleToken, Recommender, SummaryProgress
     from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AspectSummary": "schema",
+    "CandidateProgress": "ranking",
+    "Configuration": "configuration",
     "Engine": "engine",
     "Experts": "experts",
     "Item": "schema",
     "Knobs": "graph",
     "Question": "recommender",
     "R4RError": "errors",
+    "Ranking": "ranking",
     "RatingDistribution": "ratings",
     "RatingScale": "ratings",
     "RationaleToken": "recommender",
@@ -40,22 +45,28 @@ _HOMES = {
     "TableReviewSource": "reviews",
     "TokenBudgets": "evidence",
     "build_graph": "graph",
+    "build_ranking_graph": "graph",
     "fake_engine": "engine",
     "list_runs": "runs",
+    "load_configured": "configuration",
     "load_items": "reviews",
     "load_local_engine": "engine",
     "load_reviews": "reviews",
     "open_runs": "runs",
+    "popular_items": "ranking",
 }
 
 __all__ = [
     "AspectSummary",
+    "CandidateProgress",
+    "Configuration",
     "Engine",
     "Experts",
     "Item",
     "Knobs",
     "Question",
     "R4RError",
+    "Ranking",
     "RatingDistribution",
     "RatingScale",
     "RationaleToken",
@@ -67,12 +78,15 @@ __all__ = [
     "TableReviewSource",
     "TokenBudgets",
     "build_graph",
+    "build_ranking_graph",
     "fake_engine",
     "list_runs",
+    "load_configured",
     "load_items",
     "load_local_engine",
     "load_reviews",
     "open_runs",
+    "popular_items",
 ]
 
 __version__ = "0.1.0"

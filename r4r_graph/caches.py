@@ -1,6 +1,7 @@
 """Where things are kept: summaries of people's reviews, runs, and converted base models.
 
-Everything lies under one folder, the platform's cache folder for `r4r-graph` or `R4R_CACHE_DIR`.
+Everything lies under one folder: the one of `use_dir`, else `R4R_CACHE_DIR`, else the platform's
+cache folder for `r4r-graph`.
 Deleting it is always safe: summaries and base models are made again, and runs are forgotten.
 """
 
@@ -26,6 +27,9 @@ SUMMARY_NAMESPACE = ("r4r", "summaries")
 
 _T = TypeVar("_T")
 
+_told: str | os.PathLike[str] | None = None
+"""The folder that `use_dir` named."""
+
 _TABLES = {"summaries": ("store",), "runs": ("checkpoints", "writes")}
 """What is emptied of a database that cannot be unlinked."""
 
@@ -48,6 +52,12 @@ class CacheEntry:
     """Whether it was made from people's reviews."""
 
 
+def use_dir(folder: str | os.PathLike[str] | None) -> None:
+    """Keep everything in `folder` from now on, in this process; None: as the environment says."""
+    global _told
+    _told = folder
+
+
 def cache_dir() -> Path:
     """The folder in which everything is kept; made (mode 0700) when it is not there.
 
@@ -56,7 +66,7 @@ def cache_dir() -> Path:
     """
     from platformdirs import user_cache_path
 
-    chosen = os.environ.get("R4R_CACHE_DIR")
+    chosen = _told or os.environ.get("R4R_CACHE_DIR")
     if chosen:
         folder = Path(os.path.expandvars(chosen)).expanduser().absolute()
     else:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from r4r_graph.caches import write_atomically
 from r4r_graph.errors import DataError, ModelError, SettingError
+from r4r_graph.loglinear import fit_weights
 from r4r_graph.ratings import RatingDistribution, RatingScale
 
 CALIBRATION_FILE = "calibration.json"
@@ -38,8 +39,6 @@ LEAST_INVERSE = 0.05
 """The least 1/T of a fit: a predictor that is worse than none is flattened, never turned around."""
 
 _LEAST_L2 = 1e-6  # a value that never occurs would have a bias without end
-_STEPS = 100
-
 Floats = npt.NDArray[np.float64]
 
 
@@ -223,55 +222,16 @@ def fit_calibration(
         raise SettingError(f"bad l2 {l2}: must be 0 or more")
     logs = np.log(np.maximum(probabilities, LEAST_PROBABILITY))
     pull = max(l2, _LEAST_L2)
-    theta = _minimum(logs, targets, pull, fixed=None)
-    if theta[0] < LEAST_INVERSE:  # convex: the least value within the bound lies on the bound
-        theta = _minimum(logs, targets, pull, fixed=LEAST_INVERSE)
-    return Calibration(scale.values, float(1.0 / theta[0]), tuple(theta[1:].tolist()))
-
-
-def _minimum(logs: Floats, targets: Floats, pull: float, fixed: float | None) -> Floats:
-    """The best (1/T, biases), by Newton's method with step halving; 1/T may be fixed."""
-    values = logs.shape[1]
-    free = slice(0 if fixed is None else 1, None)
+    rows, values = logs.shape
+    each = np.broadcast_to(np.eye(values), (rows, values, values))
+    features = np.concatenate([logs[:, :, None], each], axis=2)
     identity = np.concatenate([[1.0], np.zeros(values)])
-    theta = identity.copy()
-    if fixed is not None:
-        theta[0] = fixed
-
-    def shares(at: Floats) -> tuple[Floats, float]:
-        scores = at[0] * logs + at[1:]
-        scores = scores - scores.max(axis=1, keepdims=True)
-        normal = np.log(np.exp(scores).sum(axis=1, keepdims=True))
-        loss = -(targets * (scores - normal)).sum(axis=1).mean()
-        return np.exp(scores - normal), float(loss + pull * np.square(at - identity).sum())
-
-    q, loss = shares(theta)
-    for _ in range(_STEPS):
-        # Features of value k are its log-probability and the k-th unit vector.
-        mean_log = (q * logs).sum(axis=1, keepdims=True)
-        wrong = q - targets
-        gradient = np.concatenate([[(wrong * logs).sum(axis=1).mean()], wrong.mean(axis=0)])
-        gradient += 2.0 * pull * (theta - identity)
-        hessian = np.zeros((values + 1, values + 1))
-        hessian[0, 0] = (q * (logs - mean_log) ** 2).sum(axis=1).mean()
-        hessian[0, 1:] = hessian[1:, 0] = (q * (logs - mean_log)).mean(axis=0)
-        hessian[1:, 1:] = np.diag(q.mean(axis=0)) - q.T @ q / len(q)
-        hessian += 2.0 * pull * np.eye(values + 1)
-        step = np.zeros(values + 1)
-        step[free] = np.linalg.solve(hessian[free, free], gradient[free])
-        decrement = float(step @ gradient)
-        if decrement < 1e-14:
-            break
-        length = 1.0
-        while True:
-            tried, tried_loss = shares(theta - length * step)
-            if tried_loss <= loss - 0.25 * length * decrement or length < 1e-8:
-                break
-            length /= 2.0
-        if tried_loss >= loss:  # as low as rounding lets it get
-            break
-        theta, q, loss = theta - length * step, tried, tried_loss
-    return theta
+    theta = fit_weights(features, targets, identity, pull)
+    if theta[0] < LEAST_INVERSE:  # convex: the least value within the bound lies on the bound
+        bound, free = identity.copy(), np.ones(values + 1, dtype=bool)
+        bound[0], free[0] = LEAST_INVERSE, False
+        theta = fit_weights(features, targets, bound, pull, free)
+    return Calibration(scale.values, float(1.0 / theta[0]), tuple(theta[1:].tolist()))
 
 
 def _number(value: Any) -> float:

@@ -49,11 +49,11 @@ from r4r_graph.schema import AspectSummary, Review, Truncation, plain_number
 from r4r_graph.summaries import SummaryCache
 
 Messages = tuple[Message, Message, Message]
+"""The three turns of an expert's prompt: system, context, task."""
 
 NO_REPEAT = 8
-"""Tokens of a rationale that are not said twice in a row of this length: small models go round in
-circles, and a reason does not get better by being said again."""
-"""The three turns of an expert's prompt: system, context, task."""
+"""No run of so many tokens stands in a rationale twice: small models go round in circles, and a
+reason does not get better by being said again."""
 
 RatingCase = tuple[Evidence, str | None]
 """What the predictor rates: evidence, and a rationale or none."""
@@ -96,6 +96,8 @@ class Sampling:
     top_p: float = 1.0
     first: int = 0
     """Number of the round's first rationale; each stream of tokens carries its own as metadata."""
+    siblings: int = 1
+    """How many such rounds, of other runs, are drawn at the same moment; see `GenerateRequest`."""
 
 
 class Summarizer:
@@ -212,7 +214,7 @@ class Reasoner:
         self, evidences: Sequence[Evidence], sampling: Sampling, *, silent: bool = False
     ) -> list[_Call]:
         """What the model is called with, once an evidence and seed."""
-        count = len(evidences) * len(sampling.seeds)
+        count = len(evidences) * len(sampling.seeds) * sampling.siblings
         calls: list[_Call] = []
         for messages in map(self.messages, evidences):
             for number, seed in enumerate(sampling.seeds, start=sampling.first):
@@ -263,24 +265,29 @@ class Predictor:
             siblings=siblings,
         )
 
-    def rate(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateResult]:
-        """One distribution a rationale."""
-        return self.rate_cases([(evidence, text) for text in rationales])
+    def rate(
+        self, evidence: Evidence, rationales: Sequence[str | None], siblings: int = 1
+    ) -> list[RateResult]:
+        """One distribution a rationale; `siblings` runs ask for as many at the same moment."""
+        return self.rate_cases([(evidence, text) for text in rationales], siblings)
 
-    async def arate(self, evidence: Evidence, rationales: Sequence[str | None]) -> list[RateResult]:
+    async def arate(
+        self, evidence: Evidence, rationales: Sequence[str | None], siblings: int = 1
+    ) -> list[RateResult]:
         """As `rate`."""
-        return await self.arate_cases([(evidence, text) for text in rationales])
+        return await self.arate_cases([(evidence, text) for text in rationales], siblings)
 
-    def rate_cases(self, cases: Sequence[RatingCase]) -> list[RateResult]:
+    def rate_cases(self, cases: Sequence[RatingCase], siblings: int = 1) -> list[RateResult]:
         """One distribution a case, in one call of the engine."""
-        return self._engine.rate(self._requests(cases))
+        return self._engine.rate(self._requests(cases, siblings))
 
-    async def arate_cases(self, cases: Sequence[RatingCase]) -> list[RateResult]:
+    async def arate_cases(self, cases: Sequence[RatingCase], siblings: int = 1) -> list[RateResult]:
         """As `rate_cases`."""
-        return await self._engine.arate(self._requests(cases))
+        return await self._engine.arate(self._requests(cases, siblings))
 
-    def _requests(self, cases: Sequence[RatingCase]) -> list[RateRequest]:
-        return [self.request(evidence, text, len(cases)) for evidence, text in cases]
+    def _requests(self, cases: Sequence[RatingCase], siblings: int) -> list[RateRequest]:
+        count = len(cases) * siblings
+        return [self.request(evidence, text, count) for evidence, text in cases]
 
 
 @dataclass(frozen=True)

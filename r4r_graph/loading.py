@@ -1,4 +1,4 @@
-"""What `Recommender.load` reads: the local engine with its adapters, and the review source."""
+"""What `Recommender.load` opens: engines, local or elsewhere, and the review source."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from langchain_core.language_models import BaseChatModel
 
 from r4r_graph.engine.base import Engine
 from r4r_graph.errors import SettingError
@@ -19,6 +21,94 @@ from r4r_graph.schema import Item, Review
 _log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
+
+CONTEXT_CACHE_MB = 512
+"""A dozen contexts of the default model at its longest, several dozen usual ones."""
+
+AnyEngine = Engine | BaseChatModel | str
+"""An engine; a chat model; the address of a model server; or a chat model's `provider:name`."""
+
+
+def open_engine(
+    engine: AnyEngine | None,
+    base: PathLike,
+    adapters: PathLike | Mapping[str, PathLike | None] | None,
+    *,
+    allow_prompt_mismatch: bool = False,
+    **settings: Any,
+) -> Engine:
+    """The engine that this means; None is the local one, and `settings` are its alone.
+
+    Raises:
+        ModelError, SettingError: see `load_local_engine`, `open_server_engine`, `open_chat_model`.
+        EngineError: a model server cannot be reached.
+        MissingExtraError: a chat model by name without its package.
+    """
+    if engine is None:
+        return local_engine(base, adapters, allow_prompt_mismatch=allow_prompt_mismatch, **settings)
+    if isinstance(engine, str) and "://" in engine:
+        return _server_engine(engine, base, adapters, allow_prompt_mismatch)
+    if isinstance(engine, str):
+        from r4r_graph.chat_models import open_chat_model
+
+        if ":" not in engine:
+            raise SettingError(
+                f"bad engine {engine!r}: the address of a model server (http://HOST:PORT), or a "
+                "chat model as provider:name"
+            )
+        engine = open_chat_model(engine, role="engine")
+    if isinstance(engine, BaseChatModel):
+        from r4r_graph.engine.chat_engine import chat_engine
+
+        return chat_engine(engine)
+    return engine
+
+
+def open_engines(
+    engine: AnyEngine | None,
+    experts: Mapping[str, AnyEngine] | None,
+    base: PathLike,
+    adapters: PathLike | Mapping[str, PathLike | None] | None,
+    **settings: Any,
+) -> tuple[Engine, dict[str, Engine]]:
+    """The engine, and those of single experts, each given one opened once. Where every expert has
+    one of its own and none is given beside, the predictor's is also the engine.
+
+    Raises: as `open_engine`.
+    """
+    opened: dict[int, Engine] = {}
+    try:
+        for given in (experts or {}).values():
+            if id(given) not in opened:
+                opened[id(given)] = open_engine(given, base, adapters, **settings)
+        others = {name: opened[id(given)] for name, given in (experts or {}).items()}
+        if engine is None and set(others) >= set(EXPERT_PROMPTS):
+            return others["predictor"], others
+        return open_engine(engine, base, adapters, **settings), others
+    except BaseException:
+        for one in opened.values():
+            one.close()
+        raise
+
+
+def _server_engine(
+    url: str,
+    base: PathLike,
+    adapters: PathLike | Mapping[str, PathLike | None] | None,
+    allow_prompt_mismatch: bool,
+) -> Engine:
+    from r4r_graph.engine.server_connect import open_server_engine
+
+    engine, warnings = open_server_engine(
+        url,
+        os.fspath(base),
+        _adapter_paths(adapters),
+        prompts=prompt_digests(),
+        allow_prompt_mismatch=allow_prompt_mismatch,
+    )
+    for warning in warnings:
+        _log.warning("%s", warning)
+    return engine
 
 
 def local_engine(

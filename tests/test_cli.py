@@ -329,7 +329,7 @@ def test_the_doctor_finds_all_well(r4r: R4r, tiny_base: Path, tiny_adapters: Pat
     for what in ("python", "langgraph", "torch", "device", "base model", "adapter reasoner"):
         assert f"ok   {what}: " in done.out
     assert str(tiny_base) in done.out
-    findings = json.loads(r4r("doctor", "--base", tiny_base, "--json").out)
+    findings = json.loads(r4r("doctor", "--base", tiny_base, "--json").out)["findings"]
     assert all(finding["works"] for finding in findings)
     [untrained] = [f for f in findings if f["what"] == "adapter predictor"]
     assert "--adapters" in untrained["mend"]
@@ -342,7 +342,7 @@ def test_the_doctor_names_what_is_amiss(r4r: R4r, tmp_path: Path, tiny_base: Pat
     assert "no such directory" in done.out
     done = r4r("doctor", "--base", tiny_base, "--adapters", tmp_path / "nowhere", "--json")
     assert done.code == 1
-    assert [f["what"] for f in json.loads(done.out) if not f["works"]] == ["adapters"]
+    assert [f["what"] for f in json.loads(done.out)["findings"] if not f["works"]] == ["adapters"]
 
 
 def test_the_doctor_survives_a_missing_torch(

@@ -11,7 +11,7 @@ import pytest
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.contexts import LEAST, ContextCache
 from r4r_graph.engine.local import load_local_engine
-from r4r_graph.errors import SettingError
+from r4r_graph.errors import RequestError, SettingError
 from r4r_graph.ratings import RatingScale
 from tests.tiny import make_adapter
 
@@ -125,7 +125,7 @@ def test_one_ordinary_request_is_read_in_one_pass(shared: Any) -> None:
 def test_short_contexts_are_left_alone(shared: Any) -> None:
     found = cache(shared)
     found.clear()
-    shared.rate([RateRequest(turns("x", person="short"), adapter="predictor")])
+    shared.rate([RateRequest(turns("x", person="short")), RateRequest(turns("y", person="short"))])
     assert not found._held
 
 
@@ -164,3 +164,50 @@ def test_the_longest_beginning_in_common_is_found(shared: Any) -> None:
 def test_a_bad_size_is_refused(tiny_base: Path) -> None:
     with pytest.raises(SettingError, match="context_cache_mb=-1"):
         load_local_engine(tiny_base, device="cpu", context_cache_mb=-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("adapter", ["reasoner", "predictor"])
+@pytest.mark.parametrize("person", [LONG, "short"])
+def test_an_activated_adapter_works_as_peft_has_it(
+    shared: Any, apart: Any, tiny_base: Path, adapters: dict[str, Path], adapter: str, person: str
+) -> None:
+    """Against PEFT's own way, which masks the context in every layer."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from r4r_graph.engine.decoding import RatingReadout
+
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), adapters[adapter]
+    ).eval()
+    request = RateRequest(turns("x", "Rate.", person), adapter=adapter)
+    ids = shared.meter.prompt(request.messages)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    readout: RatingReadout = shared._backend._readout(request.scale)
+    expected = readout.read({(): torch.log_softmax(logits.float(), -1)})
+    for engine in (shared, apart):
+        [found] = engine.rate([request])
+        assert found.distribution.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+        assert found.distribution.mass == pytest.approx(expected.mass, abs=1e-5)
+
+
+def test_a_prompt_without_a_users_turn_is_refused(shared: Any) -> None:
+    alone = (Message("system", "You judge."),)
+    with pytest.raises(RequestError, match="begins at a user's turn"):
+        shared.rate([RateRequest(alone, adapter="predictor")])
+    assert shared.rate([RateRequest(alone, adapter="summarizer")])
+
+
+def test_adapters_of_both_kinds_in_any_order(tiny_base: Path, adapters: dict[str, Path]) -> None:
+    """The first one makes the PEFT model, the others join it."""
+    request = [RateRequest(turns("x", "Rate."), adapter=name) for name in sorted(adapters)]
+    found = []
+    for order in (sorted(adapters), sorted(adapters, reverse=True)):
+        chosen = {name: adapters[name] for name in order}
+        with load_local_engine(tiny_base, chosen, device="cpu")[0] as engine:
+            found.append([result.distribution.probabilities for result in engine.rate(request)])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)

@@ -64,7 +64,7 @@ def test_the_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_the_readme_names_only_options_that_exist() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     block = next(b for b in _blocks("") if "r4r rate" in b)
-    shown = re.findall(r"^r4r (\w+)(.*?)(?=^r4r|\Z)", block, re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"^r4r ([\w-]+)(.*?)(?=^r4r|\Z)", block, re.MULTILINE | re.DOTALL)
     assert {name for name, _ in shown} == set(commands) - {"demo"}
     for name, usage in shown:
         command = commands[name]

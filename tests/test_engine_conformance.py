@@ -30,6 +30,7 @@ from tests.conftest import EXPERTS
 ENGINES = [
     pytest.param("fake_with_adapters", id="fake"),
     pytest.param("tiny_engine", id="local"),
+    pytest.param("tiny_server_engine", id="server"),
     pytest.param("tiny_cuda_engine", id="cuda", marks=pytest.mark.gpu),
 ]
 """Fixtures of engines with the adapters `EXPERTS`. A new engine is one more line."""

@@ -28,6 +28,7 @@ from finetune.runs import third_party_warnings
 from finetune.settings import LoraSettings, Recipe, TrainingSettings
 from finetune.sft.fitting import Trainee, adapted, load_trainee
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
+from r4r_graph.engine.contexts import positions
 from r4r_graph.engine.local import load_local_engine
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.errors import SettingError
@@ -295,12 +296,18 @@ def test_training_weighs_the_probabilities_of_inference(recipe: Recipe, activate
     folder = {"reasoner": recipe.adapters / "reasoner"}
     with load_local_engine(recipe.base, folder, device="cpu")[0] as engine:
         backend = engine._backend
-        for got, ids in zip(batch, prompts, strict=True):
-            whole = torch.tensor([[*ids, *answer]])
-            with torch.inference_mode(), backend._adapter("reasoner"):
-                logits = backend._model(
-                    input_ids=whole, attention_mask=torch.ones_like(whole)
-                ).logits[0, -5:-1]
+        for got, one in zip(batch, turns, strict=True):
+            asked = backend.prepare(GenerateRequest(one, "reasoner"))
+            with torch.inference_mode():
+                inputs = backend._batch("reasoner", [(*asked.ids, *answer)], [asked.context])
+                with backend._adapter("reasoner"):
+                    logits = backend._model(
+                        input_ids=inputs.ids[:, inputs.read :],
+                        attention_mask=inputs.mask,
+                        position_ids=positions(inputs.mask)[:, inputs.read :],
+                        use_cache=bool(inputs.cache),
+                        **inputs.cache,
+                    ).logits[0, -5:-1]
             wanted = torch.log_softmax(logits, -1)[torch.arange(4), torch.tensor(answer)]
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 

@@ -233,12 +233,12 @@ def test_no_prompt_holds_the_target_or_anything_later(tmp_path: Path, fake: Fake
         for request, text in zip(others, row["texts"], strict=True):
             assert re.findall(r"<judgement>\n(.*)\n</judgement>", prompt(request)) == [text]
             assert request.messages[1] == baseline.messages[1]
-        shown = re.findall(r"rated (\S+);", prompt(baseline))
+        shown = re.findall(r"\b\d+: ([\d.]+)[,;]", prompt(baseline))
         assert set(shown) <= {f"{review.rating:g}" for review in past}
         for side in ("user_id", "item_id"):
             mine = [r.rating for r in past if getattr(r, side) == getattr(target, side)]
             stats = RatingStats.of(mine)
-            line = f"average {stats.mean:.2f} over {stats.count}" if mine else "no ratings yet"
+            line = f"average {stats.mean:.2f} of {stats.count}, spread" if mine else "none yet"
             assert line in prompt(baseline)
     assert len(ends) == len(targets) == len(rows)
     assert with_history > len(targets) / 2

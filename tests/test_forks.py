@@ -118,7 +118,7 @@ def test_one_review_less(fake: Fake, pair: tuple[str, str]) -> None:
         assert marks(request) == {"folk", "rock", "ben", "cas"} - {name}
     read = {(a.user_id, a.item_id) for a in (*found.user_aspects, *found.item_aspects)}
     assert (len(read), pair in read) == (3, False)
-    assert "average 3.00 over 2" in prompt(script.ratings[-1])  # of all ratings, as before
+    assert "average 3.00 of 2" in prompt(script.ratings[-1])  # of all ratings, as before
     assert len(first.user_aspects) + len(first.item_aspects) == 4
 
 

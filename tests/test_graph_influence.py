@@ -241,7 +241,9 @@ def test_what_was_cut_from_the_evidence_has_no_influence(fake: Fake) -> None:
 
 def test_a_review_without_words_counts_too(fake: Fake) -> None:
     rows = [*TABLE[1:], review("ann", "mute", 3, 5, text="")]
-    script = Script(weights=lambda r: two_values(3 + ('"Mute"' in prompt(r) and "2: 5;" in prompt(r))))
+    script = Script(
+        weights=lambda r: two_values(3 + ('"Mute"' in prompt(r) and "2: 5;" in prompt(r)))
+    )
     row = make_bench(fake, rows, script=script).rate("ann", "target", at(9), influence="same")
     assert influence(row)["user_review", "ann", "mute"] == pytest.approx((3.0, 1.0))
 

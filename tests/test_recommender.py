@@ -446,3 +446,10 @@ def test_the_options_of_a_run_hold_all_knobs() -> None:
     from r4r_graph.recommender import RunOptions
 
     assert set(Knobs.__dataclass_fields__) <= set(RunOptions.__annotations__)
+
+
+def test_a_stream_with_a_concurrency_of_one_ends(fake: Fake) -> None:
+    """LangGraph's own waiting takes a thread; it must not be the last one."""
+    with Recommender.load(TABLE, engine=fake(), store=InMemoryStore()) as rater:
+        events = list(rater.stream("ann", "target", as_of=at(9), config={"max_concurrency": 1}))
+    assert isinstance(events[-1], Recommendation)

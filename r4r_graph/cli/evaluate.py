@@ -13,6 +13,7 @@ from r4r_graph.cli.options import (
     BaseOption,
     BudgetsOption,
     DeviceOption,
+    DtypeOption,
     HistoryOption,
     ItemsOption,
     JsonOption,
@@ -73,6 +74,10 @@ def evaluate(
             "swapped_rationale, true_review, without_texts, averages_only."
         ),
     ] = None,
+    fusion: Annotated[
+        list[str] | None,
+        typer.Option(help="Score a set fused with averages, too: NAME=FILE, as `fuse` wrote it."),
+    ] = None,
     similarity: Annotated[
         str | None,
         typer.Option(help="Rationales against later reviews: minilm, or an embedding model."),
@@ -99,6 +104,7 @@ def evaluate(
     base: BaseOption = "smollm2-135m",
     scale: ScaleOption = "1-5",
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     budgets: BudgetsOption = None,
     concurrency: Annotated[int, typer.Option(help="Rows in flight.")] = 64,
     allow_prompt_mismatch: MismatchOption = False,
@@ -110,6 +116,7 @@ def evaluate(
     from r4r_graph.evaluation.evaluate import Contender, Settings, check_names
     from r4r_graph.evaluation.evaluate import evaluate as score
     from r4r_graph.evaluation.floors import check_apart
+    from r4r_graph.evaluation.fusion import fuse, fusions_by_name
     from r4r_graph.evaluation.predictions import read_predictions
     from r4r_graph.evaluation.probes import CONDITIONS
     from r4r_graph.evaluation.rendering.outputs import print_report, write_report
@@ -143,7 +150,9 @@ def evaluate(
         read_predictions(path, rows, values, name=name)
         for name, path in map(_named, predictions or [])
     ]
-    check_names([*(each.name for each in at_hand), *(each.name for each in sets)])
+    names = [*(each.name for each in at_hand), *(each.name for each in sets)]
+    check_names(names)
+    fusions = fusions_by_name(fusion or [], names)
     checks = experts.WordChecks(
         scorers=_scorers(similarity, bleurt, judge, judge_url, out_folder, device),
         labels=None
@@ -161,6 +170,7 @@ def evaluate(
             folder,
             scale=values,
             device=device,
+            dtype=dtype,
             allow_prompt_mismatch=allow_prompt_mismatch,
             budgets=token_budgets,
         )
@@ -189,6 +199,11 @@ def evaluate(
             )
             for each in sets
         ]
+    found += [
+        Contender(fuse(fusions[each.predictions.name], each.predictions, rows, source, values))
+        for each in found
+        if each.predictions.name in fusions
+    ]
     with err.status("counting", spinner="line"):
         report = score(
             rows,

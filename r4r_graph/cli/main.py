@@ -16,13 +16,18 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from r4r_graph.cli.configured import configure
 from r4r_graph.cli.evaluate import evaluate
+from r4r_graph.cli.fuse import fuse
 from r4r_graph.cli.graph import graph
+from r4r_graph.cli.mcp import mcp
 from r4r_graph.cli.options import (
     AdaptersOption,
     BaseOption,
     BudgetsOption,
     DeviceOption,
+    DtypeOption,
+    EngineOption,
     HistoryOption,
     InfluenceOption,
     ItemsOption,
@@ -41,9 +46,11 @@ from r4r_graph.cli.options import (
     out,
     parse_budgets,
 )
+from r4r_graph.cli.rank import rank
 from r4r_graph.cli.report import diff
 from r4r_graph.cli.report import report as report_command
 from r4r_graph.cli.runs import fork, resume, runs_app, show
+from r4r_graph.cli.serve_command import serve_command
 from r4r_graph.cli.talk import forget_unread, new_thread, talk
 from r4r_graph.errors import EngineError, InputError, R4RError, SettingError
 from r4r_graph.schema import unix_seconds
@@ -63,18 +70,24 @@ app.add_typer(runs_app, name="runs")
 for command in (show, resume, fork):
     app.command()(command)
 app.command()(evaluate)
+app.command()(fuse)
 app.command()(graph)
+app.command()(mcp)
+app.command()(rank)
 app.command("report")(report_command)
+app.command()(serve_command)
 app.command()(diff)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if show_version:
         typer.echo(version("r4r-graph"))
         raise typer.Exit
+    configure(context)
 
 
 @app.command()
@@ -95,6 +108,8 @@ def rate(
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = None,
     budgets: BudgetsOption = None,
     allow_prompt_mismatch: MismatchOption = False,
     influence: InfluenceOption = "none",
@@ -146,6 +161,8 @@ def rate(
         device,
         budgets,
         allow_prompt_mismatch,
+        dtype,
+        engine,
     )
     with open_runs() if keep else nullcontext() as saver:
         name = None if saver is None else new_thread(saver, thread)
@@ -175,6 +192,8 @@ def bulk(
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = None,
     budgets: BudgetsOption = None,
     concurrency: Annotated[int, typer.Option(help="Runs of the graph in flight.")] = 64,
     allow_prompt_mismatch: MismatchOption = False,
@@ -193,6 +212,8 @@ def bulk(
         adapters,
         scale=scale,
         device=device,
+        dtype=dtype,
+        engine=engine,
         allow_prompt_mismatch=allow_prompt_mismatch,
         budgets=parse_budgets(budgets),
     )
@@ -211,6 +232,8 @@ def summarize(
     adapters: AdaptersOption = None,
     scale: ScaleOption = "1-5",
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = None,
     budgets: BudgetsOption = None,
     concurrency: Annotated[int, typer.Option(help="Reviews in flight.")] = 64,
     allow_prompt_mismatch: MismatchOption = False,
@@ -226,6 +249,8 @@ def summarize(
         adapters,
         scale=scale,
         device=device,
+        dtype=dtype,
+        engine=engine,
         allow_prompt_mismatch=allow_prompt_mismatch,
         budgets=parse_budgets(budgets),
     )
@@ -261,19 +286,25 @@ def demo(
 
 @app.command()
 def doctor(
-    base: BaseOption = "smollm2-135m",
-    adapters: AdaptersOption = None,
+    base: Annotated[str | None, typer.Option(help="As for `rate`.")] = None,
+    adapters: Annotated[str | None, typer.Option(help="As for `rate`.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check versions, device, base model, adapters and cache: what works, how to mend the rest."""
+    """Check versions, device, settings, models and caches: what works, how to mend the rest, and
+    which settings come from where."""
     from r4r_graph.cli import display
-    from r4r_graph.cli.doctor import examine
+    from r4r_graph.cli.doctor import examine, look_up, settings_rows, show_settings
 
-    findings = examine(base, adapters)
+    found, amiss = look_up(base=base, adapters=adapters)
+    findings = [*amiss, *examine(found)]
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        rows = [asdict(finding) for finding in findings]
+        file = None if found.file is None else str(found.file)
+        told = {"findings": rows, "settings": settings_rows(found), "file": file}
+        typer.echo(json.dumps(told, indent=2))
     else:
         display.show_findings(findings, out)
+        show_settings(found, out)
     if not all(finding.works for finding in findings):
         raise typer.Exit(1)
 

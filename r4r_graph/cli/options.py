@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 from rich.console import Console
 
-from r4r_graph.errors import SettingError
-
 if TYPE_CHECKING:
     from r4r_graph.evidence import TokenBudgets
     from r4r_graph.recommender import Recommender
@@ -64,6 +62,18 @@ ReadoutOption = Annotated[str, typer.Option(help="mean, median or mode.")]
 ScaleOption = Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")]
 SeedOption = Annotated[int, typer.Option(help="Decides what is sampled.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU, else bfloat16."),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A model server (http://HOST:PORT; `r4r serve-command` says how to start one) or a "
+        "chat model (provider:name), instead of a model in this process. Keys: R4R_API_KEY or "
+        "OPENAI_API_KEY."
+    ),
+]
 BudgetsOption = Annotated[
     str | None,
     typer.Option(help="Token budgets the adapters were trained with, as review=224,side=256."),
@@ -72,8 +82,10 @@ BudgetsOption = Annotated[
 
 def checked_knobs(**knobs: Any) -> dict[str, Any]:
     """The knobs, refused before a model is loaded where one is out of range."""
+    from r4r_graph.cli.configured import further_knobs
     from r4r_graph.recommender import check_knobs
 
+    knobs = further_knobs(knobs)
     check_knobs(knobs)
     return knobs
 
@@ -84,20 +96,9 @@ def parse_budgets(text: str | None) -> TokenBudgets | None:
     Raises:
         SettingError: an unknown budget, no number, or one too small.
     """
-    from r4r_graph.evidence import TokenBudgets
+    from r4r_graph.configuration import parse_budgets
 
-    if text is None:
-        return None
-    budgets: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, number = part.strip().partition("=")
-        if name not in TokenBudgets.__dataclass_fields__ or not number.isdecimal():
-            known = ", ".join(TokenBudgets.__dataclass_fields__)
-            raise SettingError(
-                f"bad --budgets {part.strip()!r}: write name=tokens, the names being {known}"
-            )
-        budgets[name] = int(number)
-    return TokenBudgets(**budgets)
+    return parse_budgets(text, "--budgets")
 
 
 LOADED = "r4r_loaded"
@@ -117,6 +118,8 @@ class Sources:
     device: str | None = None
     budgets: str | None = None
     allow_prompt_mismatch: bool = False
+    dtype: str | None = None
+    engine: str | None = None
 
     def label(self) -> dict[str, str]:
         """The label, with paths that hold wherever the run is gone on with."""
@@ -147,6 +150,8 @@ class Sources:
             self.adapters,
             scale=self.scale,
             device=self.device,
+            dtype=self.dtype,
+            engine=self.engine,
             allow_prompt_mismatch=self.allow_prompt_mismatch,
             budgets=parse_budgets(self.budgets),
             **settings,
@@ -155,7 +160,8 @@ class Sources:
 
 def load(*arguments: Any, **settings: Any) -> Recommender:
     """Load with a spinner on stderr; the log speaks through it."""
+    from r4r_graph.cli.configured import further_settings
     from r4r_graph.recommender import Recommender
 
     with err.status("loading reviews and models", spinner="line"):
-        return Recommender.load(*arguments, **settings)
+        return Recommender.load(*arguments, **further_settings(settings))

@@ -1,7 +1,8 @@
 """Engines: what turns requests into texts and rating distributions.
 
 `local` runs a base model with its adapters here, `fake` needs no model; both sit behind the
-micro-batcher in `batching`. `chat` shows an engine as a LangChain chat model.
+micro-batcher in `batching`. `server` asks a model server, `chat_engine` any LangChain chat model;
+both sit behind the event loop in `remote`. `chat` shows an engine as a LangChain chat model.
 """
 
 from r4r_graph.engine.base import (

@@ -48,7 +48,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     no_repeat: int = 0
-    """No run of so many tokens is written twice; 0 lets it. Engines that cannot see to it do not."""
+    """No run of so many tokens is written twice (0: it may be), where an engine can see to that."""
     siblings: int = field(default=1, compare=False)
     """How many requests like this one are on their way at the same moment (a fan-out's size):
     a batching engine waits a few milliseconds for them."""

@@ -39,6 +39,9 @@ from r4r_graph.errors import EngineBusyError, EngineFailure, R4RError
 
 _log = logging.getLogger(__name__)
 
+_MOST_LINGERS = 10
+"""The oldest request waits for its siblings so many times as long as they are apart, at most."""
+
 Request = GenerateRequest | RateRequest
 Result = GenerateResult | RateResult
 
@@ -136,7 +139,11 @@ class _Job:
             elif isinstance(error, R4RError) or error is self.listener_error:
                 self.future.set_exception(error)
             else:
-                failure = EngineFailure(f"the engine failed: {type(error).__name__}: {error}")
+                from r4r_graph.chat_models import public
+
+                # Kept with the run, and printed: not with a key that another's error may tell.
+                reason = public(f"{type(error).__name__}: {error}")
+                failure = EngineFailure(f"the engine failed: {reason}")
                 failure.__cause__ = error
                 self.future.set_exception(failure)
         except InvalidStateError:  # cancelled or closed meanwhile
@@ -364,13 +371,15 @@ class BatchingEngine:
             self._running = jobs = []
 
     def _await_siblings(self) -> None:
-        """Linger while the oldest request's announced siblings are still on their way."""
+        """Linger while the oldest request's announced siblings are still on their way: as long as
+        one comes soon after the other, for rendering twenty prompts takes a while."""
         head = self._queue[0]
         key, expected = head.prepared.key, min(head.prepared.request.siblings, self._max_rows)
         while not self._closed and self._queue and self._queue[0] is head:
-            here = sum(job.prepared.key == key for job in self._queue)
-            left = head.since + self._linger - time.monotonic()
-            if here >= expected or left <= 0:
+            arrived = [job.since for job in self._queue if job.prepared.key == key]
+            until = min(max(arrived) + self._linger, head.since + _MOST_LINGERS * self._linger)
+            left = until - time.monotonic()
+            if len(arrived) >= expected or left <= 0:
                 return
             self._arrived.wait(left)
 

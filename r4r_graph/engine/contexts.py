@@ -48,7 +48,8 @@ class ContextCache:
     Args:
         body: the model without its head, adapters and all: called under whatever adapter is set.
         pad: the token that fills rows up.
-        limit: bytes to hold at most; what a batch needs while it runs comes on top.
+        limit: bytes to hold at most; what a batch needs while it runs comes on top. With 0 every
+            context is read from its beginning.
     """
 
     def __init__(self, body: Any, pad: int, limit: int) -> None:
@@ -97,7 +98,7 @@ class ContextCache:
         followers: list[Ids] = []
         for ids in fresh:
             # In sorted order, what begins alike stands together.
-            alike = leaders and _common(leaders[-1], ids) >= LEAST
+            alike = self._limit and leaders and _common(leaders[-1], ids) >= LEAST
             known = alike or self._nearest(space, ids)[1] >= LEAST
             (followers if known else leaders).append(ids)
         for some in (leaders, followers):

@@ -29,16 +29,12 @@ from r4r_graph.engine.base import (
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
 from r4r_graph.engine.contexts import LEAST, ContextCache, positions
 from r4r_graph.engine.decoding import GRAMMAR_FACTS, Grammars, RatingReadout
-from r4r_graph.engine.tokens import HubTokenMeter
+from r4r_graph.engine.tokens import HubTokenMeter, opening_of
 from r4r_graph.errors import RequestError, SettingError
 from r4r_graph.ratings import RatingScale
 
 if TYPE_CHECKING:
     import torch
-
-
-CONTEXT_CACHE_MB = 512
-"""A dozen contexts of the default model at its longest, several dozen usual ones."""
 
 
 class LocalBackend:
@@ -79,20 +75,28 @@ class LocalBackend:
         # Unset what the model's own settings ask for, such as a repetition penalty: it would
         # reach every request, and take a batch's padding for text.
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        self._shares = bool(context_bytes)
+        self.contexts: ContextCache | None = None
+        if ContextCache.fits(model):
+            self.contexts = ContextCache(model.base_model, self._pad, context_bytes)
         self._adapted: Any = None
+        self._openings: dict[str, tuple[int, ...]] = {}
         for name, path in adapters.items():
             self._add_adapter(model, name, path)
         self._model = self._adapted if self._adapted is not None else model
         self._model.eval()
-        self.contexts: ContextCache | None = None
-        if context_bytes and ContextCache.fits(model):
-            base = model if self._adapted is None else self._adapted.get_base_model()
-            self.contexts = ContextCache(base.base_model, self._pad, context_bytes)
         self._grammars.index(aspects.GRAMMAR)  # compiled now, not inside the first request
 
     def _add_adapter(self, model: Any, name: str, path: Path) -> None:
-        from peft import PeftModel
+        from peft import LoraConfig, PeftModel
 
+        config = LoraConfig.from_pretrained(str(path))
+        config.inference_mode = True
+        if config.alora_invocation_tokens and self.contexts is not None:
+            # We read the context without it, so that behind it, it is a LoRA like any other. PEFT's
+            # way masks the tokens of every layer anew, which takes half of the time of an answer.
+            self._openings[name] = tuple(config.alora_invocation_tokens)
+            config.alora_invocation_tokens = None
         with warnings.catch_warnings():
             # PEFT 0.21 asks Transformers 5 for an attribute it has renamed.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
@@ -101,8 +105,11 @@ class LocalBackend:
             # In the base's own precision: PEFT would lift 16 bits to 32, at half the speed.
             options: Any = {"adapter_name": name, "autocast_adapter_dtype": False}
             if self._adapted is None:
-                self._adapted = PeftModel.from_pretrained(model, str(path), **options)
+                self._adapted = PeftModel.from_pretrained(
+                    model, str(path), config=config, **options
+                )
             else:
+                self._adapted.add_adapter(**options, peft_config=config)
                 self._adapted.load_adapter(str(path), **options)
 
     def close(self) -> None:
@@ -137,10 +144,20 @@ class LocalBackend:
                 f"a prompt of {len(ids)} tokens and an answer of up to {answer} exceed the "
                 f"model's {self.info.max_tokens} positions; shorten the history or the budgets"
             )
-        summary = isinstance(request, GenerateRequest) and request.format == "aspects"
+        return Prepared(request, ids, key, cost, self._context_length(request, ids))
+
+    def _context_length(self, request: Request, ids: tuple[int, ...]) -> int:
+        """How many tokens stand before the task, if that matters."""
+        if (opening := self._openings.get(request.adapter or "")) is not None:
+            if (at := opening_of(ids, opening)) < 0:
+                raise RequestError(
+                    f"the adapter {request.adapter!r} begins at a user's turn, which this prompt "
+                    "has not"
+                )
+            return at
         # A review is read once: what summaries have in common is too short to share.
-        context = 0 if summary or self.contexts is None else self.meter.context_length(ids)
-        return Prepared(request, ids, key, cost, context)
+        summary = isinstance(request, GenerateRequest) and request.format == "aspects"
+        return 0 if summary or not self._shares else self.meter.context_length(ids)
 
     def fingerprint(self, request: GenerateRequest) -> str:
         """See `Engine.fingerprint`."""
@@ -207,7 +224,8 @@ class LocalBackend:
                     attention_mask=batch.mask,
                     position_ids=positions(batch.mask)[:, batch.read :],
                     logits_to_keep=depth + 1,
-                    **(batch.cache or {"use_cache": False}),
+                    use_cache=bool(batch.cache),
+                    **batch.cache,
                 ).logits
         log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
         results: list[RateResult | Exception] = []
@@ -273,30 +291,32 @@ class LocalBackend:
         already."""
         import torch
 
-        space = self._space(adapter)
         contexts = [ids[:cut] for ids, cut in zip(sequences, cuts, strict=True)]
-        if self.contexts is None or min(cuts) < LEAST:
-            return _Batch(*self._left_padded(sequences))
-        if space and not self.contexts.pays(space, contexts):
+        # Under which adapter a context is read: none, where it begins behind the context.
+        space = "" if adapter is None or adapter in self._openings else adapter
+        if self.contexts is None or not self._apart(adapter, space, contexts):
             return _Batch(*self._left_padded(sequences))
         with self._adapter(space or None):
-            read = self.contexts.read(space, contexts)
-        cache, before = self.contexts.join([(context, len(context.ids)) for context in read])
+            read = iter(self.contexts.read(space, [context for context in contexts if context]))
+        begun_with = [(next(read) if ids else None, len(ids)) for ids in contexts]
+        cache, before = self.contexts.join(begun_with)
         ids, mask = self._left_padded([ids[cut:] for ids, cut in zip(sequences, cuts, strict=True)])
         begun, _ = self._left_padded(contexts)
         return _Batch(
             torch.cat([begun, ids], dim=1),
             torch.cat([before, mask], dim=1),
             before.shape[1],
-            {self.contexts.argument: cache, "use_cache": True},
+            {self.contexts.argument: cache},
         )
 
-    def _space(self, adapter: str | None) -> str:
-        """Under which adapter a context is read: none, where it begins behind the context."""
-        if adapter is None or self._adapted is None:
-            return ""
-        activated = self._adapted.peft_config[adapter].alora_invocation_tokens
-        return "" if activated else adapter
+    def _apart(self, adapter: str | None, space: str, contexts: Sequence[tuple[int, ...]]) -> bool:
+        """Whether contexts are read apart from what follows them: where an adapter must not see
+        them, and where that saves more than it costs."""
+        if adapter in self._openings:
+            return any(contexts)
+        if self.contexts is None or not self._shares or min(map(len, contexts)) < LEAST:
+            return False
+        return not space or self.contexts.pays(space, contexts)
 
     def _left_padded(
         self, sequences: Sequence[tuple[int, ...]]
@@ -350,7 +370,7 @@ def load_local_engine(
     prompts: Mapping[str, str] | None = None,
     allow_prompt_mismatch: bool = False,
     max_batch_tokens: int | None = None,
-    context_cache_mb: int = CONTEXT_CACHE_MB,
+    context_cache_mb: int = 512,
     calibrated: bool = True,
 ) -> tuple[BatchingEngine, list[str]]:
     """Load a base model and its adapters; returns the engine and warnings.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RowSampler(LogitsProcessor):
-    """Grammar, repeats, temperature, top-p and noise per row; then greedy decoding picks the sample.
+    """Grammar, repeats, temperature, top-p, noise per row; then greedy decoding picks the sample.
 
     Adding Gumbel noise to log-probabilities and taking the greatest is a draw from them. The noise
     comes from a generator of the row's own, so the sample does not depend on the batch.

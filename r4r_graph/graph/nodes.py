@@ -231,13 +231,18 @@ class Nodes:
         rated = await self._predictor.arate(*self._to_rate(state))
         return self._predicted(state, rated, started)
 
-    def _to_rate(self, state: RatingState) -> tuple[Evidence, list[str]]:
+    def _to_rate(self, state: RatingState) -> tuple[Evidence, list[str], int]:
         evidence, _ = self._experts.fit(evidence_of(state))
-        return evidence, [drawn["text"] for drawn in human.unrated(state)]
+        texts = [drawn["text"] for drawn in human.unrated(state)]
+        return evidence, texts, state["case"].get("siblings", 1)
 
     def _predicted(self, state: RatingState, rated: Sequence[RateResult], started: float) -> Json:
-        distributions = [
-            {"probabilities": list(r.distribution.probabilities), "mass": r.distribution.mass}
+        distributions: list[Json] = [
+            {
+                "probabilities": list(r.distribution.probabilities),
+                "mass": r.distribution.mass,
+                **({} if r.source == "logits" else {"source": r.source}),
+            }
             for r in rated
         ]
         cost = span(
@@ -245,7 +250,7 @@ class Nodes:
             started,
             calls=len(rated),
             prompt_tokens=sum(result.prompt_tokens for result in rated),
-            completion_tokens=len(rated),
+            completion_tokens=sum(result.completion_tokens for result in rated),
         )
         whole: RatingState = {
             **state,
@@ -260,7 +265,7 @@ class Nodes:
         }
 
     def _rated(self, state: RatingState, rated: Sequence[RateResult], started: float) -> list[Json]:
-        evidence, texts = self._to_rate(state)
+        evidence, texts, _ = self._to_rate(state)
         return [
             record(
                 "predictor",

@@ -68,11 +68,17 @@ def recommend(
         cold_start=case["cold_start"],
         truncated=tuple(Truncation(**cut) for cut in state.get("truncated", [])),
         warnings=tuple(case["warnings"]),
-        model=model,
+        model={**model, "ratings_from": _source(state["distributions"])},
         usage={node: _usage(node, spans) for node in nodes},
         influence=tuple(Influence(**each) for each in state.get("influence") or ()),
         answers=tuple(state.get("answers", [])),
     )
+
+
+def _source(distributions: Iterable[Json]) -> str:
+    """Where the ratings come from (`RatingSource`); the least exact, where some differ."""
+    found = {rated.get("source", "logits") for rated in distributions}
+    return next((s for s in ("samples", "logprobs") if s in found), "logits")
 
 
 def _aspects(entries: Iterable[Json], summaries: Mapping[str, Json]) -> tuple[ReviewAspects, ...]:

@@ -96,6 +96,7 @@ def recall(
             "cold_start": _cold_start(user, others),
             "warnings": warnings,
             "knobs": asdict(knobs),
+            **({"siblings": siblings} if (siblings := state.get("siblings")) else {}),
         },
         "user_reviews": [_entry(r, _kind(r, item, reviews)) for r in user.reviews],
         "item_reviews": [_entry(r, item.category) for r in others.reviews],

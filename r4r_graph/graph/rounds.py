@@ -17,12 +17,13 @@ _SEEDS_A_RUN = 1_000_003
 def next_round(state: RatingState) -> Sampling:
     """How the reasoner draws its next rationales."""
     settings, kept = knobs_of(state), len(state["rationales"])
+    siblings = state["case"].get("siblings", 1)
     if _greedy(state):
-        return Sampling((settings.seed,))
+        return Sampling((settings.seed,), siblings=siblings)
     size = max(1, min(settings.round_size, settings.rationales - kept))
     drawn = kept + human.refused(state)
     seeds = tuple(settings.seed * _SEEDS_A_RUN + drawn + i for i in range(size))
-    return Sampling(seeds, settings.temperature, settings.top_p, first=kept)
+    return Sampling(seeds, settings.temperature, settings.top_p, kept, siblings)
 
 
 def drawn_again(state: RatingState) -> Sampling | None:

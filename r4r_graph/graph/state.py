@@ -134,6 +134,9 @@ class RatingInput(TypedDict, total=False):
     user_history: Annotated[list[Json] | None, EphemeralValue]
     """`Review.to_dict()`s; replaces asking the review source for this side."""
     item_history: Annotated[list[Json] | None, EphemeralValue]
+    siblings: Annotated[int | None, EphemeralValue]
+    """How many runs like this one begin at the same moment, as in a ranking: the engine waits a few
+    milliseconds for the requests of all of them."""
 
 
 def merge(old: Json, new: Json) -> Json:
@@ -146,7 +149,8 @@ class RatingState(RatingInput, total=False):
 
     case: Json
     """The pair: user_id, item_id, as_of, item, user_stats, item_stats, overall (mean of all earlier
-    ratings), cold_start, warnings; and the knobs, with which the run goes on after a pause."""
+    ratings), cold_start, warnings; and the knobs, with which the run goes on after a pause. Also
+    `siblings`, where there are any."""
     user_reviews: list[Json]
     """`{"key", "kind", "review"}` of each review read, oldest first."""
     item_reviews: list[Json]
