@@ -17,8 +17,8 @@ from typing import Any
 from langgraph.store.memory import InMemoryStore
 
 from r4r_graph import Recommendation, Recommender, TableReviewSource, popular_items
+from r4r_graph.engine.contexts import CONTEXT_CACHE_MB
 from r4r_graph.engine.local import load_local_engine
-from r4r_graph.loading import CONTEXT_CACHE_MB
 
 
 def busiest_user(source: TableReviewSource) -> str:

@@ -22,9 +22,6 @@ _log = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 
-CONTEXT_CACHE_MB = 512
-"""A dozen contexts of the default model at its longest, several dozen usual ones."""
-
 AnyEngine = Engine | BaseChatModel | str
 """An engine; a chat model; the address of a model server; or a chat model's `provider:name`."""
 

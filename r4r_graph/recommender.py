@@ -23,6 +23,7 @@ from langgraph.store.base import BaseStore
 from langgraph.types import Checkpointer, StateSnapshot
 
 from r4r_graph import forks, runs
+from r4r_graph.engine.contexts import CONTEXT_CACHE_MB
 from r4r_graph.errors import SettingError
 from r4r_graph.events import (
     MODES,
@@ -41,7 +42,6 @@ from r4r_graph.graph import rank as ranking
 from r4r_graph.graph.rank import Candidates, RankingGraph
 from r4r_graph.graph.state import Influences, check_knobs
 from r4r_graph.loading import (
-    CONTEXT_CACHE_MB,
     AnyEngine,
     PathLike,
     budgets_of,

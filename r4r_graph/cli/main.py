@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -43,6 +42,7 @@ from r4r_graph.cli.options import (
     checked_knobs,
     err,
     load,
+    moment,
     out,
     parse_budgets,
 )
@@ -53,7 +53,6 @@ from r4r_graph.cli.runs import fork, resume, runs_app, show
 from r4r_graph.cli.serve_command import serve_command
 from r4r_graph.cli.talk import forget_unread, new_thread, talk
 from r4r_graph.errors import EngineError, InputError, R4RError, SettingError
-from r4r_graph.schema import unix_seconds
 
 app = typer.Typer(
     name="r4r",
@@ -146,12 +145,7 @@ def rate(
             "--ask, --ask-below, --thread and --report need the run kept: without --no-keep"
         )
     if as_of is not None:
-        if re.fullmatch(r"\d{4}|\d{8}", as_of):
-            raise SettingError(
-                f"--as-of {as_of} may be a date or unix seconds; write 2015-01-01 for a date, "
-                f"{as_of}.0 for seconds"
-            )
-        unix_seconds(as_of, what="--as-of")
+        moment(as_of)
     sources = Sources(
         str(reviews),
         None if items is None else str(items),

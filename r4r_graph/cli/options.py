@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from rich.console import Console
+
+from r4r_graph.errors import SettingError
+from r4r_graph.schema import unix_seconds
 
 if TYPE_CHECKING:
     from r4r_graph.evidence import TokenBudgets
@@ -78,6 +82,21 @@ BudgetsOption = Annotated[
     str | None,
     typer.Option(help="Token budgets the adapters were trained with, as review=224,side=256."),
 ]
+
+
+def moment(as_of: str) -> float:
+    """Unix seconds of `--as-of`.
+
+    Raises:
+        SettingError: it may be a date or seconds.
+        InputError: it is no time.
+    """
+    if re.fullmatch(r"\d{4}|\d{8}", as_of):
+        raise SettingError(
+            f"--as-of {as_of} may be a date or unix seconds; write 2015-01-01 for a date, "
+            f"{as_of}.0 for seconds"
+        )
+    return unix_seconds(as_of, what="--as-of")
 
 
 def checked_knobs(**knobs: Any) -> dict[str, Any]:

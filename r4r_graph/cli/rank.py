@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,10 +30,10 @@ from r4r_graph.cli.options import (
     Sources,
     checked_knobs,
     err,
+    moment,
     out,
 )
 from r4r_graph.errors import DataError, InputError, SettingError
-from r4r_graph.schema import unix_seconds
 
 if TYPE_CHECKING:
     from r4r_graph.ranking import CandidateProgress, Ranking
@@ -96,7 +95,7 @@ def rank(
     if (items_file is None) == (candidates is None):
         raise SettingError("give the candidates as --items-file FILE, or a number of --candidates")
     # One time for the choice of candidates and for all that is read.
-    moment = time.time() if as_of is None else _time(as_of)
+    when = time.time() if as_of is None else moment(as_of)
     chosen = [] if items_file is None else read_candidates(items_file)
     paths = (str(reviews), None if items is None else str(items))
     sources = Sources(
@@ -104,13 +103,13 @@ def rank(
     )
     with sources.load() as recommender:
         if candidates is not None:
-            chosen = [*popular_items(recommender.reviews, user, candidates, as_of=moment)]
+            chosen = [*popular_items(recommender.reviews, user, candidates, as_of=when)]
             if not chosen:
                 raise InputError(
                     f"no candidates for user {user!r}: no item that others reviewed by then is "
                     "left; name some with --items-file"
                 )
-        events = recommender.stream_rank(user, chosen, top_k, as_of=moment, **knobs)
+        events = recommender.stream_rank(user, chosen, top_k, as_of=when, **knobs)
         ranking = _last(events)
     from r4r_graph.cli import display
 
@@ -144,15 +143,6 @@ def read_candidates(path: Path) -> list[str | Item]:
     if not ids:
         raise DataError(f"{path}: holds no candidates; expected an item id a line")
     return ids
-
-
-def _time(as_of: str) -> float:
-    if re.fullmatch(r"\d{4}|\d{8}", as_of):
-        raise SettingError(
-            f"--as-of {as_of} may be a date or unix seconds; write 2015-01-01 for a date, "
-            f"{as_of}.0 for seconds"
-        )
-    return unix_seconds(as_of, what="--as-of")
 
 
 def _last(events: Iterable[CandidateProgress | Ranking]) -> Ranking:

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+CONTEXT_CACHE_MB = 512
+"""A dozen contexts of the default model at its longest, several dozen usual ones."""
+
 LEAST = 64
 """Tokens in common from which on sharing costs less than it saves."""
 

@@ -27,7 +27,7 @@ from r4r_graph.engine.base import (
     check_decoding,
 )
 from r4r_graph.engine.batching import BatchingEngine, Prepared, Request, Row
-from r4r_graph.engine.contexts import LEAST, ContextCache, positions
+from r4r_graph.engine.contexts import CONTEXT_CACHE_MB, LEAST, ContextCache, positions
 from r4r_graph.engine.decoding import GRAMMAR_FACTS, Grammars, RatingReadout
 from r4r_graph.engine.tokens import HubTokenMeter, opening_of
 from r4r_graph.errors import RequestError, SettingError
@@ -370,7 +370,7 @@ def load_local_engine(
     prompts: Mapping[str, str] | None = None,
     allow_prompt_mismatch: bool = False,
     max_batch_tokens: int | None = None,
-    context_cache_mb: int = 512,
+    context_cache_mb: int = CONTEXT_CACHE_MB,
     calibrated: bool = True,
 ) -> tuple[BatchingEngine, list[str]]:
     """Load a base model and its adapters; returns the engine and warnings.

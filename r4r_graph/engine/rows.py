@@ -87,9 +87,9 @@ class RowSampler(LogitsProcessor):
 
 def _repeating(answer: Sequence[int], size: int) -> list[int]:
     """The tokens that would make the answer's last `size` tokens a run that it holds already."""
-    recent = list(answer[len(answer) - size + 1 :]) if size > 1 else []
     if len(answer) < size:
         return []
+    recent = list(answer[len(answer) - size + 1 :])
     return [
         answer[at + size - 1]
         for at in range(len(answer) - size + 1)
