@@ -22,7 +22,7 @@ from r4r_graph.errors import NotReadyError
 from r4r_graph.evaluation.floors import FLOORS, floor_predictions
 from r4r_graph.evaluation.metrics import Floats
 from r4r_graph.evaluation.words.labels import Labels, read_aspects
-from r4r_graph.ratings import RatingScale
+from r4r_graph.ratings import RatingScale, RatingStats
 from r4r_graph.reviews import TableReviewSource, load_items, load_reviews
 from r4r_graph.reviews.table import REVIEW_SCHEMA
 from r4r_graph.schema import Item, Review
@@ -123,6 +123,7 @@ def _load(
 ) -> TableReviewSource:
     """`stamps` are the files' times of change: what was written anew is read anew."""
     parsed, tables = RatingScale.parse(scale), []
+    alone: dict[str, TableReviewSource] = {}
     catalogue: dict[str, Item] = {}
     for name, reviews, items in named:
         known = load_items(items) if items is not None else {}
@@ -131,9 +132,36 @@ def _load(
         for item in known.values():
             borne = replace(item, item_id=_bearing(name, item.item_id))
             catalogue[borne.item_id] = borne
-        rows = [_borne(name, review) for review in load_reviews(reviews, scale=parsed)]
+        alone[name] = load_reviews(reviews, scale=parsed)
+        rows = [_borne(name, review) for review in alone[name]]
         tables.append(pa.Table.from_pylist(rows, REVIEW_SCHEMA))
-    return TableReviewSource(pa.concat_tables(tables), catalogue)
+    return _DomainsSource(pa.concat_tables(tables), catalogue, alone)
+
+
+class _DomainsSource(TableReviewSource):
+    """One table of all domains' reviews, in which the overall mean is each domain's own: at
+    inference an expert meets one data set at a time, with the mean of that one."""
+
+    def __init__(
+        self,
+        table: pa.Table,
+        items: Mapping[str, Item],
+        alone: Mapping[str, TableReviewSource],
+    ) -> None:
+        super().__init__(table, items)
+        self._alone = dict(alone)
+
+    def overall_stats(
+        self, before: float, *, without_pair: tuple[str, str] | None = None
+    ) -> RatingStats:
+        """Statistics of the ratings of the pair's domain; of all domains without a pair."""
+        if without_pair is None:
+            return super().overall_stats(before)
+        domain, _, user_id = without_pair[0].partition("/")
+        if domain not in self._alone:
+            return super().overall_stats(before, without_pair=without_pair)
+        item_id = without_pair[1].partition("/")[2]
+        return self._alone[domain].overall_stats(before, without_pair=(user_id, item_id))
 
 
 def _borne(name: str, review: Review) -> Mapping[str, Any]:

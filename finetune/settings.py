@@ -165,6 +165,11 @@ class RatingTrainingSettings(TrainingSettings):
     """Share of rows shown without a rationale, so that the expert can be asked without one."""
     text_dropout: float = 0.0
     """Share of rows shown with ratings and averages alone."""
+    estimate_share: float = 0.0
+    """How much of a row's target is what history statistics say of it instead of its one rating;
+    see `finetune.estimates`."""
+    averages_estimate_share: float = 0.0
+    """The same for the rows of `splits.averages_rows`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +469,12 @@ def _check_training(name: str, settings: TrainingSettings) -> None:
     if isinstance(settings, RatingTrainingSettings):
         if not any(vars(settings.loss).values()) or min(vars(settings.loss).values()) < 0:
             raise SettingError(f"bad setting {name}.loss: weights 0 or more, one above 0")
-        for share in ("rationale_dropout", "text_dropout"):
+        for share in (
+            "rationale_dropout",
+            "text_dropout",
+            "estimate_share",
+            "averages_estimate_share",
+        ):
             if not 0 <= getattr(settings, share) <= 1:
                 raise SettingError(f"bad setting {name}.{share}: a share from 0 to 1")
     elif settings.lora.head != "frozen":

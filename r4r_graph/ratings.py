@@ -142,18 +142,18 @@ class RatingDistribution:
 
     @property
     def median(self) -> float:
-        """Interpolated median: each value's mass is spread evenly over its cell, half of it
-        towards either neighbour (an end value's outer half is as wide as its inner one)."""
+        """Interpolated median: an inner value's mass is spread evenly over its cell, half of it
+        towards either neighbour. An end value keeps its mass: no rating lies beyond it, and of
+        those around it nearly all are the end itself."""
         values, cells = self.scale.values, []
-        gaps = [b - a for a, b in itertools.pairwise(values)]
-        gaps = [gaps[0], *gaps, gaps[-1]]
         for i, (value, p) in enumerate(zip(values, self.probabilities, strict=True)):
-            cells.append((value - gaps[i] / 2, value, p / 2))
-            cells.append((value, value + gaps[i + 1] / 2, p / 2))
+            below = value - values[i - 1] if 0 < i < len(values) - 1 else 0.0
+            above = values[i + 1] - value if 0 < i < len(values) - 1 else 0.0
+            cells.append((value - below / 2, value, p / 2))
+            cells.append((value, value + above / 2, p / 2))
         # From both ends: they differ where exactly half of the mass lies below a gap without any.
         backwards = [(end, start, p) for start, end, p in reversed(cells)]
-        middle = (_halfway(cells) + _halfway(backwards)) / 2
-        return min(max(middle, values[0]), values[-1])
+        return (_halfway(cells) + _halfway(backwards)) / 2
 
     @property
     def mode(self) -> float:

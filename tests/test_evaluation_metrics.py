@@ -52,26 +52,24 @@ def test_errors_by_hand() -> None:
 
 
 def test_read_outs_by_hand() -> None:
-    """Half of the first row's mass is passed where the cell of 5 begins, half of the second's at
-    5/6 of the cell of 1."""
+    """Half of the first row's mass lies up to 4.5, where the cell of 4 ends, and half on 5; more
+    than half of the second's on 1."""
     p = array([0, 0.1, 0.2, 0.2, 0.5], [0.6, 0.4, 0, 0, 0], NONE)
     found = readings(p, FIVE)
     assert found["mean"][:2] == pytest.approx([4.1, 1.4])
     assert found["mode"][:2].tolist() == [5, 1]
     alone = [RatingDistribution(FIVE, tuple(row)).median for row in p[:2].tolist()]
-    assert found["median"][:2].tolist() == alone == pytest.approx([4.5, 4 / 3])
+    assert found["median"][:2].tolist() == alone == pytest.approx([4.75, 1.0])
     assert all(math.isnan(found[readout][2]) for readout in READOUTS)
 
 
 def test_each_read_out_has_its_own_error() -> None:
-    p = array([0, 0, 0.3, 0, 0.7])
-    found = score(array(5.0), p, FIVE)
-    assert found.mae["mean"].value == pytest.approx(0.6)
-    assert found.mae["mode"].value == 0
-    assert found.mae["median"].value == pytest.approx(
-        5 - RatingDistribution(FIVE, tuple(p[0])).median
-    )
-    assert found.rmse["mean"].value == pytest.approx(0.6)
+    p = array([0, 0.35, 0.4, 0, 0.25])
+    found = score(array(4.0), p, FIVE)
+    assert found.mae["mean"].value == pytest.approx(4 - 3.15)
+    assert found.mae["mode"].value == 1
+    assert found.mae["median"].value == pytest.approx(4 - (2.5 + 0.15 / 0.4))
+    assert found.rmse["mean"].value == pytest.approx(4 - 3.15)
 
 
 def test_likelihoods_by_hand() -> None:

@@ -61,6 +61,19 @@ def test_ids_bear_the_name_of_their_data_set(two: Recipe) -> None:
     assert names == {"music", "films"}
 
 
+def test_the_overall_mean_is_that_of_ones_own_data_set(two: Recipe) -> None:
+    """At inference an expert meets one data set at a time."""
+    source, late = review_source(two), 1e9
+    for name, domain in two.domains.items():
+        alone, pair = load_reviews(domain.reviews), ("u1", "i1")
+        assert source.overall_stats(
+            late, without_pair=(f"{name}/u1", f"{name}/i1")
+        ) == alone.overall_stats(late, without_pair=pair)
+    of_all = source.overall_stats(late)
+    assert of_all.count == len(source)
+    assert source.overall_stats(late, without_pair=("u1", "i1")) == of_all
+
+
 def test_each_data_set_is_split_by_its_own_time(two: Recipe) -> None:
     report = make_splits(two)
     assert set(report.boundaries) == {"music", "films"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.rows import Summaries, soft_target, target_evidence
@@ -83,12 +83,15 @@ def rating_examples(
     meter: HubTokenMeter,
     recipe: Recipe,
     settings: RatingTrainingSettings,
+    estimates: Mapping[tuple[str, str, float], Sequence[float]] | None = None,
 ) -> Iterator[Example]:
     """Histories with ratings, and a rationale where there is one -> distribution.
 
     Each row's own dice decide whether it is shown without its rationale, and without the words of
-    its histories (`rationale_dropout`, `text_dropout`).
+    its histories (`rationale_dropout`, `text_dropout`). Where there are `estimates`, they are the
+    settings' `estimate_share` of the target.
     """
+    share = settings.estimate_share if estimates is not None else 0.0
     for target in targets:
         evidence = target_evidence(target, source, summaries, meter, recipe)
         dice = random.Random(f"{recipe.seed} {target.key}")
@@ -96,7 +99,12 @@ def rating_examples(
         if dice.random() < settings.text_dropout:
             evidence = evidence.without_texts()
         rationale = None if without_rationale else rationales.get(_key(target))
-        yield rating_example(evidence, rationale, target.rating, meter, recipe)
+        example = rating_example(evidence, rationale, target.rating, meter, recipe)
+        if share and estimates is not None and example.target is not None:
+            pairs = zip(example.target, estimates[_key(target)], strict=True)
+            mixed = tuple((1 - share) * own + share * said for own, said in pairs)
+            example = replace(example, target=mixed)
+        yield example
 
 
 def rating_example(

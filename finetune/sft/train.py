@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from finetune.card import CardFacts, write_card
 from finetune.domains import domain_of, read_labels, review_source
+from finetune.estimates import statistical_estimates
 from finetune.rationales import read_rationales
 from finetune.rejection.kept import read_kept
 from finetune.runs import is_main_process, main_process_first, prepare_run
@@ -213,11 +214,19 @@ def _plan_predictor(recipe: Recipe, meter: HubTokenMeter) -> _Plan:
         checks = [t for t in checks if _key(t) in check_rationales]
     targets = _drawn(targets, settings.rows, recipe)
     checks = _drawn(checks, settings.validation_rows, recipe)
-    examples = rating_examples(targets, rationales, source, summaries, meter, recipe, settings)
-    train, left_out = _fitting(examples, settings)
     numbers = read_targets(recipe, "train", "averages")
-    bare = _without_dropout(settings, rationale=False, texts=False)
-    train += rating_examples(numbers, {}, source, {}, meter, recipe, bare)
+    bare = replace(
+        _without_dropout(settings, rationale=False, texts=False),
+        estimate_share=settings.averages_estimate_share,
+    )
+    said = None
+    if settings.estimate_share or settings.averages_estimate_share:
+        said = statistical_estimates(recipe, [*targets, *numbers])
+    examples = rating_examples(
+        targets, rationales, source, summaries, meter, recipe, settings, said
+    )
+    train, left_out = _fitting(examples, settings)
+    train += rating_examples(numbers, {}, source, {}, meter, recipe, bare, said)
     # Checked as it will be asked: with everything it may be shown.
     whole = settings.rationale_dropout < 1
     shown = _without_dropout(settings, rationale=whole, texts=settings.text_dropout < 1)
