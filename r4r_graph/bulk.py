@@ -4,25 +4,42 @@
     pandas.read_parquet("out/")
 
 The same graph runs for every pair, many at a time, and the micro-batcher joins their requests. The
-folder, its parts and how a stopped run goes on are those of every job; see `jobs`.
+folder, its parts and how a stopped run goes on are those of every job; see `jobs`. `ray_bulk` does
+the same on many machines.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from r4r_graph.errors import InputError, R4RError, SettingError
+from r4r_graph.caches import write_atomically
+from r4r_graph.errors import (
+    EngineError,
+    EngineFailure,
+    InputError,
+    R4RError,
+    RequestError,
+    SettingError,
+    StorageError,
+)
+from r4r_graph.experts import Experts
 from r4r_graph.jobs import Columns, JobProgress, JobReport, OnProgress, digest_rows, run_job
+from r4r_graph.parts import storing
 from r4r_graph.recommender import Recommender, check_knobs
 from r4r_graph.reviews import TableReviewSource, load_pairs
-from r4r_graph.schema import Pair, Recommendation
+from r4r_graph.schema import Pair, Recommendation, Review, unicode_text, unix_seconds
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -44,8 +61,12 @@ SCHEMA = pa.schema(
 )
 """Columns of every part. A row that failed has its reason in `error` and no rating."""
 
-_OF_ONE_RUN = ("ask", "ask_below", "influence", "record")
+_OF_ONE_RUN = ("ask", "ask_below", "influence", "record", "timeout")
 """Knobs that change no column."""
+
+_GIVE_UP = 100
+"""So many requests in a row that the engine could not serve: it is gone, and the rest would only be
+recorded as failed."""
 
 
 def rate_pairs(
@@ -53,6 +74,7 @@ def rate_pairs(
     pairs: str | os.PathLike[str] | Sequence[Pair],
     out: str | os.PathLike[str],
     *,
+    retry_failed: bool = False,
     concurrency: int = 64,
     part_rows: int = 4096,
     part_seconds: float = 30.0,
@@ -65,6 +87,8 @@ def rate_pairs(
         recommender: rates the pairs, each as of its own time.
         pairs: a file with user_id, item_id and as_of (or timestamp), or such pairs.
         out: a folder, made on demand; it holds this job and no other.
+        retry_failed: rate the pairs again that failed earlier, and them alone if all others are
+            rated.
         concurrency: runs of the graph in flight.
         part_rows: rows in a part at most.
         part_seconds: a part is written at least this often while rows end.
@@ -77,26 +101,18 @@ def rate_pairs(
         DataError: the pairs cannot be read.
         SettingError: a knob is out of range, or asks a person.
         InputError: the folder holds another job, or another process is at work in it.
+        StorageError: the disk is full, or the folder cannot be written to.
+        EngineFailure: the engine served none of a hundred rows in a row.
     """
-    settings = check_knobs(knobs)
-    if settings.ask or settings.ask_below:
-        raise SettingError("a bulk run can ask nobody: leave out ask and ask_below")
-    rows = load_pairs(pairs) if isinstance(pairs, str | os.PathLike) else list(pairs)
-
-    async def rate(pair: Pair) -> Columns:
-        row = dict.fromkeys(SCHEMA.names) | asdict(pair)
-        try:
-            result = await recommender.arate(pair.user_id, pair.item_id, as_of=pair.as_of, **knobs)
-        except R4RError as error:
-            return row | {"error": f"{type(error).__name__}: {error}"}
-        return row | _columns(result)
-
+    check_bulk_knobs(knobs)
+    rows = read_pairs(pairs)
     return run_job(
         rows,
-        rate,
+        rater(recommender, knobs),
         out,
         schema=SCHEMA,
-        manifest=_manifest(recommender, rows, knobs),
+        manifest=manifest(job_facts(recommender.experts, knobs), rows),
+        retry_failed=retry_failed,
         concurrency=concurrency,
         part_rows=part_rows,
         part_seconds=part_seconds,
@@ -104,44 +120,174 @@ def rate_pairs(
     )
 
 
+def check_bulk_knobs(knobs: Mapping[str, Any]) -> None:
+    """Refuse knobs that no bulk run can have.
+
+    Raises:
+        SettingError: one is out of range, or asks a person.
+    """
+    settings = check_knobs(dict(knobs))
+    if settings.ask or settings.ask_below:
+        raise SettingError("a bulk run can ask nobody: leave out ask and ask_below")
+
+
+def read_pairs(pairs: str | os.PathLike[str] | Sequence[Pair]) -> list[Pair]:
+    """The pairs of a file, or those given.
+
+    Raises:
+        DataError: one is bad; it names its place.
+    """
+    if isinstance(pairs, str | os.PathLike):
+        return load_pairs(pairs)
+    for at, pair in enumerate(pairs := list(pairs), start=1):
+        for name in ("user_id", "item_id"):
+            unicode_text(getattr(pair, name), f"pair {at}: {name}")
+        unix_seconds(pair.as_of, what=f"as_of of pair {at}")
+    return pairs
+
+
+def rater(
+    recommender: Recommender, knobs: Mapping[str, Any]
+) -> Callable[[Pair], Awaitable[Columns]]:
+    """What rates one pair into the columns of `SCHEMA`; a failure of its own goes into `error`.
+
+    Raises (what it returns):
+        EngineFailure: the engine served none of a hundred rows in a row.
+    """
+    engine = _EngineWatch()
+
+    async def rate(pair: Pair) -> Columns:
+        row = dict.fromkeys(SCHEMA.names) | asdict(pair)
+        try:
+            result = await recommender.arate(pair.user_id, pair.item_id, as_of=pair.as_of, **knobs)
+        except R4RError as error:
+            engine.failed(error)
+            return row | {"error": f"{type(error).__name__}: {error}"}
+        engine.served()
+        return row | _columns(result)
+
+    return rate
+
+
+class _EngineWatch:
+    """Tells rows that fail from an engine that is gone."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def served(self) -> None:
+        self._in_a_row = 0
+
+    def failed(self, error: R4RError) -> None:
+        """Raises EngineFailure where it has been too many."""
+        if not isinstance(error, EngineError) or isinstance(error, RequestError):
+            return
+        self._in_a_row += 1
+        if self._in_a_row >= _GIVE_UP:
+            raise EngineFailure(
+                f"the engine served none of the last {_GIVE_UP} rows; the last reason: {error}. "
+                "Mend it and go on; rows that are recorded as failed are tried again where that "
+                "is asked for (retry_failed, --retry-failed)"
+            ) from error
+
+
 def summarize_reviews(
     recommender: Recommender,
     *,
+    failures: str | os.PathLike[str] | None = None,
     concurrency: int = 64,
     on_progress: OnProgress | None = None,
 ) -> JobReport:
     """Summarize every review of the table into the summary cache; what is there is kept.
 
+    Calling it again makes what is missing, which is what failed or was stopped.
+
+    Args:
+        recommender: its review source is a table.
+        failures: a JSONL file for the reviews that failed: ids, timestamp and `error`; there is
+            none where nothing failed. Left out, they go to the log.
+        concurrency: reviews in flight.
+        on_progress: called after each review, on this thread.
+
     Raises:
         InputError: the recommender's reviews are no table.
+        StorageError: summaries cannot be kept, such as on a full disk.
+        EngineFailure: the engine served none of a hundred reviews in a row.
     """
     source = recommender.reviews
     if not isinstance(source, TableReviewSource):
         raise InputError("only a table of reviews can be summarized as a whole")
+    summarizer = recommender.experts.summarizer
+    earlier = summarizer.unkept
     started = time.monotonic()
-    done = hits = failed = 0
+    done = hits = 0
+    failed: list[tuple[Review, R4RError]] = []
+    engine = _EngineWatch()
 
-    async def work(reviews: Iterable[Any]) -> None:
-        nonlocal done, hits, failed
+    async def work(reviews: Iterable[Review]) -> None:
+        nonlocal done, hits
         for review in reviews:
             if review.text.strip():
                 kind = source.item(review.item_id, None).category
                 try:
-                    made = await recommender.experts.summarizer.asummarize(review, kind)
+                    made = await summarizer.asummarize(review, kind)
+                except R4RError as error:
+                    failed.append((review, error))
+                    _tell_failure(review, error, quiet=failures is not None)
+                    engine.failed(error)
+                else:
                     hits += made.cached
-                except R4RError:
-                    failed += 1
+                    engine.served()
+                if (lost := summarizer.unkept) is not None and lost is not earlier:
+                    raise StorageError(
+                        f"a summary cannot be kept: {lost}; those before it are: mend it, and the "
+                        "same call continues"
+                    ) from lost
             done += 1
             if on_progress is not None:
                 seconds = time.monotonic() - started
-                on_progress(JobProgress(done, len(source), failed, seconds))
+                on_progress(JobProgress(done, len(source), len(failed), seconds))
 
     async def everything() -> None:
         reviews = iter(source)
-        await asyncio.gather(*(work(reviews) for _ in range(concurrency)))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work(reviews))
+        except BaseExceptionGroup as ended:
+            raise ended.exceptions[0] from None
 
-    asyncio.run(everything())
-    return JobReport(done, hits, failed, time.monotonic() - started)
+    try:
+        asyncio.run(everything())
+    finally:
+        if failures is not None:
+            _write_failures(Path(failures), failed)
+    return JobReport(done, hits, len(failed), time.monotonic() - started)
+
+
+def _tell_failure(review: Review, error: R4RError, *, quiet: bool) -> None:
+    level = logging.DEBUG if quiet else logging.WARNING
+    _log.log(level, "no summary of %s by %s: %s", review.item_id, review.user_id, error)
+
+
+def _write_failures(file: Path, failed: Sequence[tuple[Review, R4RError]]) -> None:
+    lines = [
+        json.dumps(
+            {
+                "user_id": review.user_id,
+                "item_id": review.item_id,
+                "timestamp": review.timestamp,
+                "error": f"{type(error).__name__}: {error}",
+            },
+            ensure_ascii=False,
+        )
+        for review, error in failed
+    ]
+    with storing(file.parent):
+        if lines:
+            write_atomically(file, "\n".join(lines) + "\n")
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _columns(result: Recommendation) -> dict[str, Any]:
@@ -160,20 +306,25 @@ def _columns(result: Recommendation) -> dict[str, Any]:
     }
 
 
-def _manifest(
-    recommender: Recommender, rows: Sequence[Pair], knobs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What makes two runs the same job."""
-    model = recommender.experts.model_card()
-    settings = asdict(check_knobs(knobs).settled(recommender.experts.history))
+def job_facts(experts: Experts, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs over the same pairs the same job."""
+    model = experts.model_card()
+    settings = asdict(check_knobs(dict(knobs)).settled(experts.history))
     for name in _OF_ONE_RUN:
         del settings[name]
+    return {
+        "scale": list(experts.scale.values),
+        "budgets": asdict(experts.budgets),
+        "knobs": settings,
+        "model": {name: model[name] for name in ("base", "base_digest", "adapters", "prompts")},
+    }
+
+
+def manifest(facts: Mapping[str, Any], rows: Sequence[Pair]) -> dict[str, Any]:
+    """What makes two runs the same job, out of `job_facts` and the pairs."""
     return {
         "columns": SCHEMA.names,
         "pairs": len(rows),
         "pairs_digest": digest_rows([pair.user_id, pair.item_id, pair.as_of] for pair in rows),
-        "scale": list(recommender.experts.scale.values),
-        "budgets": asdict(recommender.experts.budgets),
-        "knobs": settings,
-        "model": {name: model[name] for name in ("base", "base_digest", "adapters", "prompts")},
+        **facts,
     }

@@ -40,11 +40,11 @@ _PATHS = ("reviews", "items", "cache_dir")
 _PATHS_OR_NAMES = ("base", "adapters")
 _RUN = (
     *("history", "rationales", "round_size", "sure", "readout"),
-    *("seed", "temperature", "top_p", "influence"),
+    *("seed", "temperature", "top_p", "influence", "timeout"),
 )
 _KINDS = {
     **dict.fromkeys(("history", "rationales", "round_size", "seed"), "a whole number"),
-    **dict.fromkeys(("sure", "temperature", "top_p"), "a number"),
+    **dict.fromkeys(("sure", "temperature", "top_p", "timeout"), "a number"),
     **dict.fromkeys(("quantize_4bit", "allow_prompt_mismatch"), "true or false"),
 }
 _SWITCH = {
@@ -105,6 +105,7 @@ class Configuration:
     temperature: float = 0.8
     top_p: float = 0.95
     influence: str = "none"
+    timeout: float | None = None
     origins: Mapping[str, Origin] = field(default_factory=lambda: MappingProxyType({}))
     """By setting; one that is not here has its default."""
     file: Path | None = None
@@ -347,6 +348,15 @@ def _from_file(name: str, value: Any, path: Path) -> Any:
     }[kind]
     if not sound:
         raise SettingError(f"{path}: bad {name} = {value!r}: must be {kind}")
+    if name == "reviews" and "://" in value:
+        from r4r_graph.reviews.addresses import without_password
+
+        if without_password(value) != value:
+            raise SettingError(
+                f"{path}: reviews: a password is for the environment (PGPASSWORD, or R4R_REVIEWS "
+                "with the whole address) or for .pgpass; take it out, and consider it known"
+            )
+        return value
     if name in _PATHS:
         return str(path.parent / Path(value).expanduser())
     if name in _PATHS_OR_NAMES and (there := path.parent / Path(value).expanduser()).is_dir():

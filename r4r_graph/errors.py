@@ -20,7 +20,10 @@ R4RError
 │   ├── MemoryExhaustedError memory of the device ran out; names the setting to lower
 │   └── TeacherError         the teacher cannot be used, or its token limit is reached
 │       └── AnswerError      the teacher kept failing on one row; recorded, the others go on
+├── SourceError              a database of reviews cannot be reached or written; retryable
+├── StorageError             what is to be kept cannot be written: disk full, no permission
 ├── RunPausedError           the run waits for a person's answer; it goes on when it is resumed
+├── RunTimeoutError          the run took longer than it may; a kept one can be resumed
 └── MissingExtraError        an optional dependency is not installed
 """
 
@@ -47,7 +50,10 @@ __all__ = [
     "R4RError",
     "RequestError",
     "RunPausedError",
+    "RunTimeoutError",
     "SettingError",
+    "SourceError",
+    "StorageError",
     "TeacherError",
     "TrainingError",
     "UnknownPairError",
@@ -141,6 +147,16 @@ class AnswerError(TeacherError):
     """The teacher kept failing on one row."""
 
 
+class SourceError(R4RError):
+    """A database of reviews cannot be reached, asked or written at present."""
+
+    retryable = True
+
+
+class StorageError(R4RError):
+    """What is to be kept cannot be written, such as on a full disk; what is there already stays."""
+
+
 class RunPausedError(R4RError):
     """The run waits for a person; nothing is lost. `question` says what is asked, and
     `thread_id` under which thread it goes on."""
@@ -153,6 +169,20 @@ class RunPausedError(R4RError):
         )
         self.question = question
         self.thread_id = thread_id
+
+
+class RunTimeoutError(R4RError, TimeoutError):
+    """The run took longer than its time limit. What it had asked of the engine is taken back. Where
+    a checkpointer keeps it, it can be resumed: from its last step, with all its time."""
+
+    def __init__(self, seconds: float, step: str) -> None:
+        super().__init__(
+            f"the run was not done after {seconds:g} s (timeout={seconds:g}), in its step {step}: "
+            "give it more time, or fewer rationales, or a shorter history; a kept run goes on "
+            "when it is resumed"
+        )
+        self.seconds = seconds
+        self.step = step
 
 
 class MissingExtraError(R4RError, ImportError):

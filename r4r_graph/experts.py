@@ -111,6 +111,11 @@ class Summarizer:
         self._scale = scale
         self._budgets = budgets
 
+    @property
+    def unkept(self) -> Exception | None:
+        """Why the latest summary that could not be kept was not."""
+        return self._cache.unkept
+
     def request(
         self, review: Review, kind: str = "", siblings: int = 1
     ) -> tuple[GenerateRequest, tuple[Truncation, ...]]:
@@ -434,9 +439,15 @@ def _messages(rendered: prompts.RenderedPrompt) -> Messages:
 def _parsed(text: str) -> dict[str, Any]:
     """The summary in an answer. Engines enforce the format; one that does not has failed."""
     try:
-        return aspects.parse_aspects(text).to_dict()
+        return aspects.parse_aspects(_whole(text)).to_dict()
     except ValueError as error:
         raise EngineFailure(f"the engine left the summarizer's format: {error}") from error
+
+
+def _whole(text: str) -> str:
+    """A model's text without the halves of characters that a server's JSON may spell: no store
+    and no page can hold them."""
+    return text.encode(errors="replace").decode()
 
 
 def _parted(drawn: Sequence[Rationale], sampling: Sampling) -> list[list[Rationale]]:
@@ -448,7 +459,7 @@ def _parted(drawn: Sequence[Rationale], sampling: Sampling) -> list[list[Rationa
 def _rationale(answer: AIMessage) -> Rationale:
     usage: Mapping[str, Any] = answer.usage_metadata or {}
     return Rationale(
-        text=str(answer.text).strip(),
+        text=_whole(str(answer.text)).strip(),
         cut=answer.response_metadata.get("finish_reason") == "length",
         prompt_tokens=usage.get("input_tokens", 0),
         completion_tokens=usage.get("output_tokens", 0),

@@ -3,10 +3,10 @@
     report = run_job(rows, compute, "out/", schema=SCHEMA, manifest={"rows": digest_rows(...)})
     pandas.read_parquet("out/")
 
-Results are written in the order of the rows, as parts named by the rows they hold; each part
-appears whole or not at all. What is there is never computed again, so a job that was killed and is
-started again loses only what was in flight. Everything else in the folder begins with `_`. Bulk
-rating, labelling, sampling and summarizing are all such jobs.
+Results are written in the order of the rows, as parts named by the rows they hold (see `parts`).
+What is there is never computed again, so a job that was killed and is started again loses only what
+was in flight; rows that failed are computed again where that is asked for. Bulk rating, labelling,
+sampling and summarizing are all such jobs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,11 +28,22 @@ from filelock import FileLock, Timeout
 
 from r4r_graph.caches import write_atomically
 from r4r_graph.errors import DataError, InputError
+from r4r_graph.parts import Columns as Columns
+from r4r_graph.parts import Parts, part_files, storing
+from r4r_graph.parts import write_table as write_table
 
 RowT = TypeVar("RowT")
-Columns = dict[str, Any]
+RowT_co = TypeVar("RowT_co", covariant=True)
 
-_PART = re.compile(r"part-(\d{9})-(\d{9})\.parquet")
+_STUCK = 10
+"""A row in flight for so many times a part's seconds holds up no part any longer."""
+
+
+class Rows(Protocol[RowT_co]):
+    """Rows in a fixed order: a list, or a table that gives them one after the other."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[RowT_co]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +76,13 @@ OnProgress = Callable[[JobProgress], None]
 
 
 def run_job(
-    rows: Sequence[RowT],
+    rows: Rows[RowT],
     compute: Callable[[RowT], Awaitable[Columns]],
     out: str | os.PathLike[str],
     *,
     schema: pa.Schema,
     manifest: Mapping[str, Any],
+    retry_failed: bool = False,
     concurrency: int = 64,
     part_rows: int = 4096,
     part_seconds: float = 30.0,
@@ -86,6 +97,7 @@ def run_job(
         out: a folder, made on demand; it holds this job and no other.
         schema: columns of every part; among them `error` (null where the row succeeded).
         manifest: JSON values that make two runs the same job; see `digest_rows`.
+        retry_failed: compute the rows that ended in an error again, too.
         concurrency: rows in flight.
         part_rows: rows in a part at most.
         part_seconds: a part is written at least this often while rows end.
@@ -93,12 +105,27 @@ def run_job(
 
     Raises:
         InputError: the folder holds another job, or another process is at work in it.
+        StorageError: the disk is full, or the folder cannot be written to; what was written
+            before is kept.
+        KeyboardInterrupt: Ctrl-C; finished rows are written first.
     """
-    folder = Path(out)
+    with open_job(Path(out), manifest, schema, len(rows)) as parts:
+        job = _Job(rows, compute, parts, part_rows, part_seconds, on_progress)
+        return asyncio.run(job.run(concurrency, retry_failed))
+
+
+@contextmanager
+def open_job(
+    folder: Path, manifest: Mapping[str, Any], schema: pa.Schema, rows: int
+) -> Iterator[Parts]:
+    """A job's folder, held by its lock: its parts, to be gone on with.
+
+    Raises: as `run_job`.
+    """
     with open_folder(folder):
-        _check_manifest(folder, manifest)
-        job = _Job(rows, compute, folder, schema, part_rows, part_seconds, on_progress)
-        return asyncio.run(job.run(concurrency))
+        with storing(folder):
+            _check_manifest(folder, manifest)
+        yield Parts(folder, schema, rows)
 
 
 @contextmanager
@@ -108,13 +135,19 @@ def open_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         InputError: another process is at work in it.
+        StorageError: it cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "_lock", timeout=0)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"another process is at work in {folder}") from None
     try:
-        with FileLock(folder / "_lock", timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"another process is at work in {folder}") from None
+        yield
+    finally:
+        lock.release()
 
 
 def digest_rows(rows: Iterable[Any]) -> str:
@@ -125,25 +158,13 @@ def digest_rows(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def write_table(table: pa.Table, file: Path) -> None:
-    """Write a Parquet file: readers see the old one or the new one, never a part.
-
-    What a killed process leaves behind begins with `_`, so that readers of the folder pass it over.
-    """
-    scratch = file.with_name(f"_{file.name}")
-    pq.write_table(table, scratch)
-    with scratch.open("rb") as written:
-        os.fsync(written.fileno())
-    scratch.replace(file)
-
-
 def read_job(folder: str | os.PathLike[str]) -> list[Columns]:
     """All rows of a job's folder, in order.
 
     Raises:
         DataError: there are none.
     """
-    parts = sorted(p for p in Path(folder).glob("part-*.parquet") if _PART.fullmatch(p.name))
+    parts = part_files(folder)
     if not parts:
         raise DataError(f"{folder} holds no results of a job")
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
@@ -154,36 +175,36 @@ class _Job(Generic[RowT]):
 
     def __init__(
         self,
-        rows: Sequence[RowT],
+        rows: Rows[RowT],
         compute: Callable[[RowT], Awaitable[Columns]],
-        folder: Path,
-        schema: pa.Schema,
+        parts: Parts,
         part_rows: int,
         part_seconds: float,
         on_progress: OnProgress | None,
     ) -> None:
         self._rows = rows
         self._compute = compute
-        self._folder = folder
-        self._schema = schema
+        self._parts = parts
         self._part_rows = part_rows
         self._part_seconds = part_seconds
         self._on_progress = on_progress
-        self._written = _written(folder, len(rows))
-        self._reused = sum(end - start for start, end in self._written)
+        self._reused = len(parts)
         self._results: dict[int, Columns] = {}
-        self._in_flight: set[int] = set()
+        self._in_flight: dict[int, float] = {}
+        """Each row's number, and since when."""
         self._failed = 0
         self._computed = 0
         self._started = self._flushed = time.monotonic()
 
-    async def run(self, concurrency: int) -> JobReport:
-        """Compute what is missing. Whatever ends this, finished rows are written first."""
-        missing = iter(_missing(self._written, len(self._rows)))
+    async def run(self, concurrency: int, retry_failed: bool) -> JobReport:
+        """Compute what is to do. Whatever ends this, finished rows are written first."""
+        again = self._parts.failed() if retry_failed else []
+        self._reused -= len(again)
+        todo = numbered(self._rows, self._parts.todo(again))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(concurrency):
-                    group.create_task(self._work(missing))
+                    group.create_task(self._work(todo))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
@@ -195,18 +216,20 @@ class _Job(Generic[RowT]):
             seconds=time.monotonic() - self._started,
         )
 
-    async def _work(self, missing: Iterable[int]) -> None:
-        for at in missing:  # shared by all workers
-            self._in_flight.add(at)
-            columns = await self._compute(self._rows[at])
+    async def _work(self, todo: Iterable[tuple[int, RowT]]) -> None:
+        for at, row in todo:  # shared by all workers
+            self._in_flight[at] = time.monotonic()
+            columns = await self._compute(row)
             self._results[at] = columns
-            self._in_flight.remove(at)
+            del self._in_flight[at]
             self._computed += 1
             self._failed += columns.get("error") is not None
             self._tell()
             full = len(self._results) >= self._part_rows
             if full or time.monotonic() - self._flushed >= self._part_seconds:
-                self._flush(min(self._in_flight, default=len(self._rows)))
+                self._flush(self._first_in_flight())
+            if len(self._results) >= self._part_rows:  # one row holds up all others
+                self._flush(len(self._rows))
 
     def _tell(self) -> None:
         if self._on_progress is not None:
@@ -214,18 +237,30 @@ class _Job(Generic[RowT]):
             seconds = time.monotonic() - self._started
             self._on_progress(JobProgress(done, len(self._rows), self._failed, seconds))
 
+    def _first_in_flight(self) -> int:
+        """Up to which row finished ones make one stretch; those that are stuck aside."""
+        latest = time.monotonic() - _STUCK * self._part_seconds
+        going = (at for at, since in self._in_flight.items() if since > latest)
+        return min(going, default=len(self._rows))
+
     def _flush(self, before: int) -> None:
         """Write the finished rows under number `before`, a part for each unbroken stretch of
         them. Up to the first row in flight, that is one stretch; at the end it is what there is."""
-        finished = sorted(at for at in self._results if at < before)
-        for start, end in _stretches(finished, self._part_rows):
-            table = pa.Table.from_pylist(
-                [self._results[at] for at in range(start, end)], self._schema
-            )
-            write_table(table, self._folder / f"part-{start:09d}-{end:09d}.parquet")
-            for at in range(start, end):
-                del self._results[at]
+        finished = {at: self._results[at] for at in self._results if at < before}
+        self._parts.write(finished, self._part_rows)
+        for at in finished:
+            del self._results[at]
         self._flushed = time.monotonic()
+
+
+def numbered(rows: Rows[RowT], wanted: Iterator[int]) -> Iterator[tuple[int, RowT]]:
+    """The rows of these rising numbers, with their numbers."""
+    at = next(wanted, None)
+    for number, row in enumerate(rows) if at is not None else ():
+        if number == at:
+            yield number, row
+            if (at := next(wanted, None)) is None:
+                return
 
 
 def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -245,40 +280,3 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"{folder} holds another job (different: {', '.join(changed)}); choose another "
             "folder, or call it with the same input, model and settings to continue"
         )
-
-
-def _written(folder: Path, rows: int) -> list[tuple[int, int]]:
-    """Row ranges that are there, in order; leftovers of a killed run are removed."""
-    for scratch in folder.glob("_part-*.parquet"):
-        scratch.unlink()
-    found = []
-    for path in sorted(folder.glob("*.parquet")):
-        if path.name.startswith("_"):
-            continue
-        match = _PART.fullmatch(path.name)
-        if match is None or int(match[2]) > rows:
-            raise InputError(f"{path} is no part of this job; move it away")
-        found.append((int(match[1]), int(match[2])))
-    return found
-
-
-def _missing(written: Sequence[tuple[int, int]], rows: int) -> Iterable[int]:
-    at = 0
-    for start, end in [*written, (rows, rows)]:
-        if start < at:
-            raise DataError(f"parts overlap at row {start}; remove one of them")
-        yield from range(at, start)
-        at = end
-
-
-def _stretches(rows: Sequence[int], most: int) -> Iterable[tuple[int, int]]:
-    """Unbroken stretches of row numbers, as (start, end), each of at most `most` rows."""
-    start = end = -1
-    for at in rows:
-        if at != end or end - start >= most:
-            if end > start:
-                yield start, end
-            start = at
-        end = at + 1
-    if end > start:
-        yield start, end

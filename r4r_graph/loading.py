@@ -15,7 +15,7 @@ from r4r_graph.errors import SettingError
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.prompts import EXPERT_PROMPTS, prompt_digests
 from r4r_graph.ratings import RatingScale
-from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, open_reviews
 from r4r_graph.schema import Item, Review
 
 _log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def review_source(
     if isinstance(items, str | os.PathLike):
         items = load_items(items)
     if isinstance(reviews, str | os.PathLike):
-        return load_reviews(reviews, scale=scale, items=items)
+        return open_reviews(reviews, scale=scale, items=items)
     if reviews is None:
         return TableReviewSource.from_reviews((), items.values()) if items else None
     if isinstance(reviews, ReviewSource):

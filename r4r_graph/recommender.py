@@ -39,7 +39,9 @@ from r4r_graph.evidence import TokenBudgets
 from r4r_graph.experts import Experts
 from r4r_graph.graph import Knobs, RatingGraph, RatingInput, build_graph
 from r4r_graph.graph import rank as ranking
+from r4r_graph.graph.limits import starting_now
 from r4r_graph.graph.rank import Candidates, RankingGraph
+from r4r_graph.graph.recall import checked_id, plain_history, plain_item
 from r4r_graph.graph.state import Influences, check_knobs
 from r4r_graph.loading import (
     AnyEngine,
@@ -100,6 +102,7 @@ class RunOptions(TypedDict, total=False):
     ask_below: float
     influence: Influences
     record: bool
+    timeout: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +235,7 @@ class Recommender:
             UnknownPairError: both ids are found nowhere and no history was passed.
             InputError: any other bad input; the message names it.
             EngineError: the engine could not serve the run.
+            RunTimeoutError: it took longer than `timeout`.
             RunPausedError: the run waits for a person (`ask`, `ask_below`); `resume` it.
         """
         return self._invoke(self._run(user_id, item_id, options))
@@ -313,7 +317,8 @@ class Recommender:
     def _called_with(self, run: _Run) -> dict[str, Any]:
         # What a step has done is kept before the next one begins: a killed run repeats nothing.
         kept = {"durability": "sync"} if runs.keeps_runs(self.graph) else {}
-        return {"config": run.config, "context": run.knobs, "version": "v2", **kept}
+        config = starting_now(run.config, run.knobs.timeout)
+        return {"config": config, "context": run.knobs, "version": "v2", **kept}
 
     def _invoke(self, run: _Run) -> Recommendation:
         end = self.graph.invoke(run.given, **self._called_with(run))
@@ -349,6 +354,7 @@ class Recommender:
         if runs.keeps_runs(self.graph):
             # With a checkpointer, every run needs a thread.
             named = (config or {}).get("configurable", {}).get("thread_id", str(uuid.uuid4()))
+            checked_id(str(named), "thread_id")
             model = runs.model_label(self.experts.model_card())
             labels = {**runs.labels(user_id, item_id, asdict(knobs)), **model}
             config = _kept_as(named, labels, config)
@@ -453,12 +459,11 @@ def _run_input(user_id: str, item_id: str, settings: dict[str, Any]) -> RatingIn
     """The graph's input; takes what belongs to it out of `settings`."""
     as_of, item = settings.pop("as_of", None), settings.pop("item", None)
     given = RatingInput(
-        user_id=user_id,
-        item_id=item_id,
+        user_id=checked_id(user_id, "user_id"),
+        item_id=checked_id(item_id, "item_id"),
         as_of=None if as_of is None else unix_seconds(as_of, what="as_of"),
-        item=None if item is None else item.to_dict(),
+        item=None if item is None else plain_item(item),
     )
     for side in ("user_history", "item_history"):
-        reviews = settings.pop(side, None)
-        given[side] = None if reviews is None else [review.to_dict() for review in reviews]
+        given[side] = plain_history(settings.pop(side, None))
     return given

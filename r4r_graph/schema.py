@@ -38,7 +38,9 @@ def unix_seconds(value: float | int | str | datetime, *, what: str = "timestamp"
         raise DataError(f"bad {what} {value!r}: expected unix seconds or an ISO 8601 date")
     if isinstance(value, datetime):
         moment = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return moment.timestamp()
+        if (seconds := moment.timestamp()) >= _LATEST:
+            raise DataError(f"bad {what} {value!r}: after the year 5138")
+        return seconds
     if isinstance(value, str):
         text = value.strip()
         try:
@@ -46,6 +48,8 @@ def unix_seconds(value: float | int | str | datetime, *, what: str = "timestamp"
         except ValueError:
             try:
                 return unix_seconds(datetime.fromisoformat(text), what=what)
+            except DataError:
+                raise
             except ValueError:
                 raise DataError(
                     f"bad {what} {value!r}: expected unix seconds (1700000000) "
@@ -69,7 +73,26 @@ def unix_seconds(value: float | int | str | datetime, *, what: str = "timestamp"
 
 def plain_number(value: float) -> float | int:
     """`value` without a trailing `.0`, as it should look in JSON and in prompts."""
+    if isinstance(value, int):
+        return value  # of any size
     return int(value) if float(value).is_integer() else float(value)
+
+
+def unicode_text(text: str, what: str) -> str:
+    """`text`, if it can be written and kept.
+
+    Raises:
+        DataError: it holds half of a surrogate pair, as broken decoders leave behind.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{what} has half a surrogate pair, which is no character; decode it anew, or "
+                "replace what cannot be encoded"
+            ) from None
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +134,8 @@ class Review:
         """A review from a mapping with the columns of a review file.
 
         Raises:
-            DataError: a missing field, a rating that is no number, a bad timestamp.
+            DataError: a missing field, a rating that is no number, a bad timestamp, a text that is
+                no Unicode.
         """
         for name in ("rating", "timestamp"):
             if row.get(name) is None:
@@ -120,16 +144,17 @@ class Review:
             rating = float(row["rating"])
         except (TypeError, ValueError):
             raise DataError(f"bad rating {row['rating']!r}: not a number") from None
+        except OverflowError:
+            raise DataError("bad rating: a number too large to be one") from None
         if not math.isfinite(rating):
             raise DataError(f"bad rating {row['rating']!r}: not a finite number")
-        text = row["review"] if "review" in row else row.get("text")
         return cls(
-            user_id=_text(row.get("user_id")),
-            item_id=_text(row.get("item_id")),
+            user_id=_text(row, "user_id"),
+            item_id=_text(row, "item_id"),
             rating=rating,
             timestamp=unix_seconds(row["timestamp"]),
-            title=_text(row.get("title")),
-            text=_text(text),
+            title=_text(row, "title"),
+            text=_text(row, "review" if "review" in row else "text"),
         )
 
 
@@ -160,9 +185,13 @@ class Item:
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
-        """An item from a mapping; missing fields are empty."""
+        """An item from a mapping; missing fields are empty.
+
+        Raises:
+            DataError: a text that is no Unicode.
+        """
         names = ("item_id", "title", "category", "description")
-        return cls(**{name: _text(row.get(name)) for name in names})
+        return cls(**{name: _text(row, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,9 +389,10 @@ class Recommendation:
         )
 
 
-def _text(value: Any) -> str:
+def _text(row: Mapping[str, Any], name: str) -> str:
     """A field that may be absent; the id 0 is a text like any other."""
-    return "" if value is None else str(value)
+    value = row.get(name)
+    return "" if value is None else unicode_text(str(value), name)
 
 
 def _shorten(row: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 
 from langgraph.store.base import BaseStore
 
+from r4r_graph.time_limits import check, in_time
+
 _log = logging.getLogger(__name__)
 
 NAMESPACE = ("r4r", "summaries")
@@ -28,6 +30,8 @@ class SummaryCache:
     """Get-or-compute over a store; `store=None` keeps nothing but still joins concurrent misses."""
 
     def __init__(self, store: BaseStore | None) -> None:
+        self.unkept: Exception | None = None
+        """Why the latest summary that could not be kept was not."""
         self._store = store
         self._flights: dict[str, Future[Value]] = {}
         self._lock = threading.Lock()
@@ -52,8 +56,9 @@ class SummaryCache:
             flight, leads = self._board(key)
             if not leads:
                 try:
-                    return dict(flight.result()), True
+                    return dict(in_time(flight).result()), True
                 except (Exception, CancelledError):
+                    check()  # this one's own time is up
                     continue
             try:
                 # Looked up under way, not before: no other flight can have landed in between.
@@ -118,6 +123,7 @@ class SummaryCache:
         try:
             self._store.put(NAMESPACE, key, value, index=False)
         except Exception as error:  # a full disk must not cost the run its rating
+            self.unkept = error
             _log.warning("a summary could not be kept: %s", error)
 
 

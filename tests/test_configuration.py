@@ -100,7 +100,7 @@ def test_every_setting_can_be_set_in_each_place(name: str, write: Write) -> None
         **{"history": 3, "rationales": 2, "round_size": 2, "sure": 0.5, "readout": "mode"},
         **{"seed": 7, "temperature": 0.5, "top_p": 0.5, "influence": "same", "scale": "1-7"},
         **{"quantize_4bit": True, "allow_prompt_mismatch": True, "budgets": "side=99"},
-        "engine": "fake",
+        **{"engine": "fake", "timeout": 2.5},
     }
     value = sound.get(name, "text")
     assert getattr(found(**{name: value}), name) == value

@@ -72,7 +72,8 @@ def test_the_page_on_coroutines_runs(
     for code in blocks("async.md", "python"):
         exec(code, names)
     names["recommender"].close()
-    first, second, word = capsys.readouterr().out.splitlines()
+    first, second, word, late = capsys.readouterr().out.splitlines()
     assert first.startswith("Glass Harbour ")
     assert second.startswith("Tin Lantern Letters ")
     assert word
+    assert "(timeout=0.001)" in late

@@ -231,6 +231,18 @@ def test_a_taken_port_is_refused_before_a_model_is_loaded(r4r: R4r) -> None:
         serve_http(None, "203.0.113.7", 8000)  # type: ignore[arg-type]
 
 
+def test_the_engine_is_an_option_too(r4r: R4r, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+
+    def note(server: object) -> None:
+        served.append(type(server).__name__)
+
+    monkeypatch.setattr("r4r_graph.mcp_server.serve_stdio", note)
+    assert r4r("mcp", *FILES, "--engine", "fake").code == 0
+    assert len(served) == 1
+    assert "bad engine 'nowhere'" in r4r("mcp", *FILES, "--engine", "nowhere").complaint
+
+
 # In processes of their own -----------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
-"""The adapters that come with the package for a base model are found by default."""
+"""The adapters that come with the package: found by default, complete, small, and able."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from r4r_graph import Recommender, prompts
 from r4r_graph.engine import adapters
 from r4r_graph.engine.adapters import EXPERTS, find_adapters
 from r4r_graph.engine.local import load_local_engine
+from r4r_graph.engine.model_files import tensor_shapes
 from r4r_graph.engine.weights import find_base
 from r4r_graph.errors import ModelNotFoundError, SettingError
+from r4r_graph.evaluation.words.leaks import form_faults, leaks
 from tests.tiny import make_adapter, make_tiny_base
 
+SHIPPED = Path(adapters.__file__).parents[1] / "_adapters"
+FOLDERS = sorted(path for path in SHIPPED.glob("*/*") if path.is_dir())
 SAMPLE = Path(adapters.__file__).parents[1] / "_demo"
 
 
@@ -78,3 +83,52 @@ def test_a_run_reads_as_many_reviews_as_they_were_trained_with(
     assert (len(usual.user_aspects), len(more.user_aspects)) == (2, 3)
     with pytest.raises(SettingError, match="history"):
         recommender.rate("mara", "glass-harbour", history=-1)
+
+
+# The real ones ----------------------------------------------------------------------------------
+
+
+def test_there_is_one_for_each_expert() -> None:
+    assert [path.name for path in FOLDERS] == sorted(EXPERTS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_each_is_complete_and_says_whose_words_it_learned_from(folder: Path) -> None:
+    note = json.loads((folder / "r4r.json").read_text())
+    assert note["prompt"]["digest"] == prompts.prompt_info(folder.name).digest
+    assert note["trained_with"]["history"] >= 1
+    card = (folder / "README.md").read_text()
+    for needed in ("Amazon", "critics", "research", "gpt-3.5-turbo", "limits"):
+        assert needed in card
+    assert "/" + "work" not in card
+    assert not list(folder.rglob("*.parquet"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "smollm2-135m"
+
+
+def test_together_they_are_small() -> None:
+    size = sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file())
+    assert size < 16_000_000
+    for folder in FOLDERS:
+        weights = folder / "adapter_model.safetensors"
+        elements = sum(a * b for a, b in tensor_shapes(weights).values())
+        assert weights.stat().st_size < 2.2 * elements  # 16 bits each
+
+
+@pytest.mark.model
+def test_they_answer_as_experts_do(tmp_path: Path) -> None:
+    """On reviews nobody trained on: the package's own sample."""
+    shutil.copy(SAMPLE / "reviews.jsonl", tmp_path)
+    with Recommender.load(
+        tmp_path / "reviews.jsonl", SAMPLE / "items.jsonl", store=InMemoryStore(), device="cpu"
+    ) as recommender:
+        results = [
+            recommender.rate(user, item)
+            for user, item in (("mara", "glass-harbour"), ("mara", "eleven-miles"))
+        ]
+    for result in results:
+        assert all(result.model["adapters"].values())
+        assert result.distribution.mass > 0.99
+        assert any(aspects.summary.positive for aspects in result.user_aspects)
+        assert not leaks(result.rationale, result.distribution.scale)
+        assert "repeats a sentence" not in form_faults(result.rationale)

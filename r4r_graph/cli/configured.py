@@ -23,7 +23,7 @@ _AS_BEGUN = ("resume", "fork")
 _OTHERWISE = {("evaluate", "adapters")}
 """Options that mean something else than the setting of their name."""
 
-_KNOBS = ("round_size", "sure", "temperature", "top_p")
+_KNOBS = ("round_size", "sure", "temperature", "top_p", "timeout")
 _LOADING = ("dtype", "quantize_4bit")
 """Settings that not every command has an option for, though they are meant for all."""
 

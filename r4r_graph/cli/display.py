@@ -71,6 +71,14 @@ def progress(what: str, err: Console) -> Iterator[OnProgress]:
         yield tell
 
 
+def show_failures(found: Mapping[str, tuple[int, str]], err: Console) -> None:
+    """Why rows of a bulk run failed: a line a kind of error, with one of the reasons."""
+    for kind, (count, reason) in found.items():
+        err.print(safe(f"{count} failed, {kind}: {reason}", "red"), soft_wrap=True)
+    if found:
+        err.print("--retry-failed tries them again", style="dim")
+
+
 def show_run(events: Iterable[Event], out: Console, err: Console) -> Recommendation | Question:
     """Show a run as it happens, then its result, or what it asks."""
     result: Recommendation | Question | None = None

@@ -128,7 +128,7 @@ def evaluate(
     )
     from r4r_graph.evaluation.words.labels import read_aspects
     from r4r_graph.ratings import RatingScale
-    from r4r_graph.reviews import load_items, load_reviews
+    from r4r_graph.reviews import load_items, load_reviews, open_reviews
 
     if not predictions and not adapters:
         raise SettingError("nothing to evaluate: give --predictions or --adapters")
@@ -142,7 +142,7 @@ def evaluate(
 
     every = load_targets(targets, values)
     rows = draw(every, sample, seed)
-    source = load_reviews(reviews, scale=values, items=load_items(items) if items else None)
+    source = open_reviews(reviews, scale=values, items=load_items(items) if items else None)
     # All that can be refused is refused before a model is loaded.
     fit_on = list(load_reviews(train, scale=values)) if train else earlier_reviews(source, rows)
     check_apart(rows, fit_on)

@@ -27,11 +27,11 @@ def fuse(
     from r4r_graph.evaluation.predictions import read_predictions
     from r4r_graph.evaluation.targets import load_targets
     from r4r_graph.ratings import RatingScale
-    from r4r_graph.reviews import load_items, load_reviews
+    from r4r_graph.reviews import load_items, open_reviews
 
     values = RatingScale.parse(scale)
     rows = load_targets(targets, values)
-    source = load_reviews(reviews, scale=values, items=load_items(items) if items else None)
+    source = open_reviews(reviews, scale=values, items=load_items(items) if items else None)
     read = read_predictions(predictions, rows, values, name=predictions.name)
     fusion = fit_fusion(read, rows, source, values)
     fusion.save(file)

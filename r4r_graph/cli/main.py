@@ -15,10 +15,12 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from r4r_graph.cli.bulk import bulk, summarize
 from r4r_graph.cli.configured import configure
 from r4r_graph.cli.evaluate import evaluate
 from r4r_graph.cli.fuse import fuse
 from r4r_graph.cli.graph import graph
+from r4r_graph.cli.import_reviews import import_reviews
 from r4r_graph.cli.mcp import mcp
 from r4r_graph.cli.options import (
     AdaptersOption,
@@ -44,7 +46,6 @@ from r4r_graph.cli.options import (
     load,
     moment,
     out,
-    parse_budgets,
 )
 from r4r_graph.cli.rank import rank
 from r4r_graph.cli.report import diff
@@ -52,7 +53,7 @@ from r4r_graph.cli.report import report as report_command
 from r4r_graph.cli.runs import fork, resume, runs_app, show
 from r4r_graph.cli.serve_command import serve_command
 from r4r_graph.cli.talk import forget_unread, new_thread, talk
-from r4r_graph.errors import EngineError, InputError, R4RError, SettingError
+from r4r_graph.errors import EngineError, InputError, R4RError, SettingError, StorageError
 
 app = typer.Typer(
     name="r4r",
@@ -68,9 +69,12 @@ app.add_typer(cache_app, name="cache")
 app.add_typer(runs_app, name="runs")
 for command in (show, resume, fork):
     app.command()(command)
+app.command()(bulk)
+app.command()(summarize)
 app.command()(evaluate)
 app.command()(fuse)
 app.command()(graph)
+app.command("import")(import_reviews)
 app.command()(mcp)
 app.command()(rank)
 app.command("report")(report_command)
@@ -173,87 +177,6 @@ def rate(
 
 
 @app.command()
-def bulk(
-    reviews: ReviewsOption,
-    pairs: Annotated[Path, typer.Option(help="Pairs: user_id, item_id, and as_of or timestamp.")],
-    out: Annotated[Path, typer.Option("--out", help="A folder of its own, for Parquet parts.")],
-    items: ItemsOption = None,
-    history: HistoryOption = None,
-    rationales: RationalesOption = 1,
-    readout: ReadoutOption = "mean",
-    base: BaseOption = "smollm2-135m",
-    adapters: AdaptersOption = None,
-    scale: ScaleOption = "1-5",
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = None,
-    budgets: BudgetsOption = None,
-    concurrency: Annotated[int, typer.Option(help="Runs of the graph in flight.")] = 64,
-    allow_prompt_mismatch: MismatchOption = False,
-) -> None:
-    """Rate many pairs into a folder of Parquet; call it again to continue a stopped job."""
-    from r4r_graph.bulk import rate_pairs
-    from r4r_graph.cli import display
-    from r4r_graph.reviews import load_pairs
-
-    knobs = checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
-    wanted = load_pairs(pairs)
-    recommender = load(
-        reviews,
-        items,
-        base,
-        adapters,
-        scale=scale,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        allow_prompt_mismatch=allow_prompt_mismatch,
-        budgets=parse_budgets(budgets),
-    )
-    with recommender, display.progress("ratings", err) as tell:
-        report = rate_pairs(
-            recommender, wanted, out, concurrency=concurrency, on_progress=tell, **knobs
-        )
-    typer.echo(json.dumps(asdict(report)))
-
-
-@app.command()
-def summarize(
-    reviews: ReviewsOption,
-    items: ItemsOption = None,
-    base: BaseOption = "smollm2-135m",
-    adapters: AdaptersOption = None,
-    scale: ScaleOption = "1-5",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = None,
-    budgets: BudgetsOption = None,
-    concurrency: Annotated[int, typer.Option(help="Reviews in flight.")] = 64,
-    allow_prompt_mismatch: MismatchOption = False,
-) -> None:
-    """Summarize every review once, into the cache; call it again to continue."""
-    from r4r_graph.bulk import summarize_reviews
-    from r4r_graph.cli import display
-
-    recommender = load(
-        reviews,
-        items,
-        base,
-        adapters,
-        scale=scale,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        allow_prompt_mismatch=allow_prompt_mismatch,
-        budgets=parse_budgets(budgets),
-    )
-    with recommender, display.progress("summaries", err) as tell:
-        report = summarize_reviews(recommender, concurrency=concurrency, on_progress=tell)
-    typer.echo(json.dumps(asdict(report)))
-
-
-@app.command()
 def demo(
     base: BaseOption = "smollm2-135m",
     adapters: AdaptersOption = None,
@@ -346,8 +269,8 @@ def cache_clear(
 
 
 def main() -> None:
-    """Run `r4r`. Exit codes: 0 done, 1 the engine failed or a check did, 2 bad input, 3 the run
-    waits for a person."""
+    """Run `r4r`. Exit codes: 0 done, 1 the engine or the disk failed or a check did, 2 bad input, 3
+    the run waits for a person, 130 stopped by Ctrl-C."""
     log = logging.getLogger("r4r_graph")
     log.addHandler(RichHandler(console=err, show_time=False, show_path=False, markup=False))
     log.propagate = False
@@ -362,6 +285,6 @@ def main() -> None:
 
         message = f"r4r: error: {printable(str(error))}"
         err.print(message, style="red", markup=False, emoji=False, soft_wrap=True)
-        sys.exit(1 if isinstance(error, EngineError) else 2)
+        sys.exit(1 if isinstance(error, EngineError | StorageError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -13,6 +13,7 @@ from r4r_graph.cli.options import (
     BudgetsOption,
     DeviceOption,
     DtypeOption,
+    EngineOption,
     HistoryOption,
     ItemsOption,
     MismatchOption,
@@ -59,6 +60,7 @@ def mcp(
     dtype: DtypeOption = None,
     budgets: BudgetsOption = None,
     allow_prompt_mismatch: MismatchOption = False,
+    engine: EngineOption = None,
 ) -> None:
     """Serve rate_item, recommend_items and explain_user to an MCP client, over stdin and stdout
     (the client starts this command) or over HTTP. The log goes to stderr."""
@@ -79,6 +81,7 @@ def mcp(
         scale=scale,
         device=device,
         dtype=dtype,
+        engine=engine,
         allow_prompt_mismatch=allow_prompt_mismatch,
         budgets=parse_budgets(budgets),
     )

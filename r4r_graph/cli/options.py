@@ -23,7 +23,12 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 ReviewsOption = Annotated[
-    Path, typer.Option(help="Reviews: Parquet, CSV or JSONL (gz too), or a folder of Parquet.")
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="Reviews: Parquet, CSV or JSONL (gz too), a folder of Parquet, or a database "
+        "(sqlite:///FILE, postgresql+psycopg://HOST/NAME).",
+    ),
 ]
 ItemsOption = Annotated[
     Path | None, typer.Option(help="Items: item_id, title, category, description.")
@@ -141,8 +146,12 @@ class Sources:
     engine: str | None = None
 
     def label(self) -> dict[str, str]:
-        """The label, with paths that hold wherever the run is gone on with."""
+        """The label, with paths that hold wherever the run is gone on with, and no password."""
+        from r4r_graph.reviews.addresses import without_password
+
         row = asdict(self)
+        if self.reviews is not None:
+            row["reviews"] = without_password(self.reviews)
         for name in ("reviews", "items", "base", "adapters"):
             if row[name] is not None and Path(row[name]).exists():
                 row[name] = str(Path(row[name]).absolute())

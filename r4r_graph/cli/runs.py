@@ -17,7 +17,8 @@ runs_app = typer.Typer(help="List the runs that are kept; delete them.", rich_ma
 
 _SAME = "default: as the run began."
 ReviewsOption = Annotated[
-    Path | None, typer.Option(help=f"Where the run has not read its reviews yet; {_SAME}")
+    str | None,
+    typer.Option(metavar="FILE", help=f"Where the run has not read its reviews yet; {_SAME}"),
 ]
 ItemsOption = Annotated[Path | None, typer.Option(help=f"As --reviews; {_SAME}")]
 BaseOption = Annotated[str | None, typer.Option(help=f"Base model; {_SAME}")]
@@ -120,7 +121,7 @@ def resume(
     with kept_runs() as (saver, graph):
         state = kept.find(graph, thread_id)
         sources = Sources.of(kept.labels_of(state)).but(
-            reviews=_text(reviews),
+            reviews=reviews,
             items=_text(items),
             base=base,
             adapters=adapters,

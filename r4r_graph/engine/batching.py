@@ -36,6 +36,7 @@ from r4r_graph.engine.base import (
     TokenMeter,
 )
 from r4r_graph.errors import EngineBusyError, EngineFailure, R4RError
+from r4r_graph.time_limits import check, in_time, time_left
 
 _log = logging.getLogger(__name__)
 
@@ -274,8 +275,8 @@ class BatchingEngine:
         futures: list[Future[Any]] = []
         try:
             futures.extend(self._submit(request, None) for request in requests)
-            errors = [future.exception() for future in futures]
-        except BaseException:  # e.g. Ctrl-C: free the engine
+            errors = [in_time(future).exception() for future in futures]
+        except BaseException:  # Ctrl-C, or the run's time is up: free the engine
             for future in futures:
                 future.cancel()
             raise
@@ -292,7 +293,9 @@ class BatchingEngine:
         deadline = time.monotonic() + self._patience
         with self._lock:
             while not job.future.done() and not self._offer(job):
-                if not self._room.wait(deadline - time.monotonic()):
+                patience, left = deadline - time.monotonic(), time_left()
+                if not self._room.wait(patience if left is None else min(patience, left)):
+                    check()
                     job.finish(self._busy())
         return job.future
 

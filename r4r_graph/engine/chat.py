@@ -30,6 +30,7 @@ from r4r_graph.engine.base import (
     Role,
 )
 from r4r_graph.errors import RequestError
+from r4r_graph.time_limits import check, in_time, time_left
 
 _ROLES: dict[str, Role] = {"system": "system", "human": "user", "ai": "assistant"}
 
@@ -124,14 +125,14 @@ class EngineChatModel(BaseChatModel):
         future = self._engine.submit(self._request(messages, stop, **kwargs), pieces.put)
         future.add_done_callback(lambda _: pieces.put(None))
         try:
-            while (piece := pieces.get()) is not None:
+            while (piece := _next(pieces)) is not None:
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
                 if run_manager:
                     run_manager.on_llm_new_token(piece, chunk=chunk)
                 yield chunk
             yield _last_chunk(future.result())
         finally:
-            future.cancel()  # the consumer went away: free the engine
+            future.cancel()  # the consumer went away, or its time is up: free the engine
 
     async def _astream(
         self,
@@ -171,9 +172,18 @@ def _turn(message: BaseMessage) -> Message:
     return Message(role, message.content)
 
 
+def _next(pieces: queue.SimpleQueue[str | None]) -> str | None:
+    """What comes next; RunTimeoutError where it does not come in time."""
+    while True:
+        try:
+            return pieces.get(timeout=time_left())
+        except queue.Empty:
+            check()
+
+
 def _wait(future: Future[GenerateResult]) -> GenerateResult:
     try:
-        return future.result()
+        return in_time(future).result()
     except BaseException:
         future.cancel()
         raise

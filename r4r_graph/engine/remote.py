@@ -26,6 +26,7 @@ from r4r_graph.engine.base import (
     TokenMeter,
 )
 from r4r_graph.errors import EngineFailure, R4RError
+from r4r_graph.time_limits import in_time
 
 T = TypeVar("T")
 
@@ -252,8 +253,8 @@ def _was_closed() -> EngineFailure:
 
 def _gathered(futures: Sequence[Future[T]], return_exceptions: bool) -> list[T]:
     try:
-        ended = [future.exception() or future.result() for future in futures]
-    except BaseException:  # e.g. Ctrl-C: free the engine
+        ended = [in_time(future).exception() or future.result() for future in futures]
+    except BaseException:  # Ctrl-C, or the run's time is up: free the engine
         for future in futures:
             future.cancel()
         raise

@@ -21,6 +21,7 @@ from langgraph.types import Checkpointer, RetryPolicy
 
 from r4r_graph.errors import is_retryable
 from r4r_graph.experts import Experts
+from r4r_graph.graph.limits import alimited, limited
 from r4r_graph.graph.nodes import Nodes
 from r4r_graph.graph.state import Knobs, RatingInput, RatingState, SummarizerTask
 from r4r_graph.reviews import ReviewSource
@@ -57,6 +58,10 @@ def build_graph(
     retry = RetryPolicy(max_attempts=3, retry_on=is_retryable)
     card: dict[str, Any] = experts.model_card()
 
+    def step(name: str, work: Any, awork: Any) -> RunnableLambda[Any, Any]:
+        """A step that waits for the engine, no longer than the run may take."""
+        return RunnableLambda(limited(name, work), afunc=alimited(name, awork))
+
     def shown(expert: str) -> dict[str, Any]:
         """What the drawing says of an expert's node."""
         adapter = card["adapters"][expert] or "none (base model)"
@@ -66,27 +71,27 @@ def build_graph(
     builder.add_node("recall", nodes.recall)
     builder.add_node(
         "summarizer",
-        RunnableLambda(nodes.summarize, afunc=nodes.asummarize),
+        step("summarizer", nodes.summarize, nodes.asummarize),
         input_schema=SummarizerTask,
         metadata=shown("summarizer"),
         retry_policy=retry,
     )
     builder.add_node(
         "reasoner",
-        RunnableLambda(nodes.reason, afunc=nodes.areason),
+        step("reasoner", nodes.reason, nodes.areason),
         metadata=shown("reasoner"),
         retry_policy=retry,
     )
     builder.add_node(
         "predictor",
-        RunnableLambda(nodes.predict, afunc=nodes.apredict),
+        step("predictor", nodes.predict, nodes.apredict),
         metadata=shown("predictor"),
         retry_policy=retry,
     )
     builder.add_node("human", nodes.human)
     builder.add_node(
         "influence",
-        RunnableLambda(nodes.influence, afunc=nodes.ainfluence),
+        step("influence", nodes.influence, nodes.ainfluence),
         metadata=shown("predictor"),
         retry_policy=retry,
     )

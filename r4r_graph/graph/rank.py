@@ -24,9 +24,11 @@ from langgraph.store.base import BaseStore
 from langgraph.types import Checkpointer, Overwrite, Send
 from typing_extensions import TypedDict
 
-from r4r_graph.errors import InputError, R4RError, RequestError, SettingError
+from r4r_graph.errors import InputError, R4RError, RequestError, RunTimeoutError, SettingError
 from r4r_graph.experts import Experts
 from r4r_graph.graph.build import build_graph
+from r4r_graph.graph.limits import starting_now
+from r4r_graph.graph.recall import plain_history, plain_item
 from r4r_graph.graph.state import Json, Knobs, RatingInput, check_knobs, knobs, merge
 from r4r_graph.ranking import (
     CandidateProgress,
@@ -111,7 +113,8 @@ def build_ranking_graph(
     same time (32, if the run's config does not say).
 
     A run raises InputError without candidates or where none could be rated for a fault of the
-    input, SettingError for a bad `top_k`, EngineError where none could be rated for another reason.
+    input, SettingError for a bad `top_k`, EngineError where none could be rated for another reason,
+    RunTimeoutError where none was in the time that the run may take.
     """
     # False: inside somebody else's graph, the ratings leave nothing in their checkpoints either.
     inherited = False if checkpointer is False else None
@@ -226,6 +229,9 @@ def _done(task: CandidateTask, outcome: Json) -> Json:
 
 def _ranking(state: RankingState) -> Json:
     plan, outcomes = state["plan"], state["outcomes"]
+    late, limit = RunTimeoutError.__name__, knobs().timeout
+    if limit is not None and all(each.get("error") == late for each in outcomes.values()):
+        raise RunTimeoutError(limit, "rating")
     in_order = [outcome_of(outcomes[item["item_id"]]) for item in plan["candidates"]]
     found = ranked(plan["user_id"], plan["as_of"], in_order, plan["top_k"])
     return {"ranking": found.to_dict()}
@@ -264,11 +270,12 @@ def call(
         raise SettingError("a ranking can ask nobody: leave out ask and ask_below")
     given = RankingInput(
         user_id=user_id,
-        items=[each.to_dict() if isinstance(each, Item) else cast(Any, each) for each in items],
+        items=[plain_item(each) if isinstance(each, Item) else cast(Any, each) for each in items],
         top_k=top_k,
         as_of=None if as_of is None else unix_seconds(as_of, what="as_of"),
-        user_history=None if history is None else [review.to_dict() for review in history],
+        user_history=plain_history(history),
     )
+    config = starting_now(config, context.timeout)
     return {"input": given, "config": config, "context": context, "version": "v2"}
 
 

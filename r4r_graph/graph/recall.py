@@ -7,7 +7,7 @@ reviews of this item are in neither history and in neither average.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from r4r_graph.evidence import HISTORY
 from r4r_graph.graph.state import Json, Knobs, RatingState
 from r4r_graph.ratings import RatingScale, RatingStats
 from r4r_graph.reviews import ReviewSource
-from r4r_graph.schema import ColdStart, Item, Review, plain_number, unix_seconds
+from r4r_graph.schema import ColdStart, Item, Review, plain_number, unicode_text, unix_seconds
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def recall(
         UnknownPairError: both ids are found nowhere, and no history was passed.
         DataError: a passed review, rating or time is bad.
     """
-    user_id, item_id = _id(state, "user_id"), _id(state, "item_id")
+    user_id, item_id = (checked_id(state.get(name), name) for name in ("user_id", "item_id"))
     as_of = state.get("as_of")
     before = time.time() if as_of is None else unix_seconds(as_of, what="as_of")
     limit = HISTORY if knobs.history is None else knobs.history
@@ -103,15 +103,15 @@ def recall(
     }
 
 
-def _id(state: RatingState, name: str) -> str:
-    value = state.get(name)
+def checked_id(value: object, name: str) -> str:
+    """An id, if it can be one.
+
+    Raises:
+        InputError: it is no text, empty, or no Unicode.
+    """
     if not isinstance(value, str) or not value:
         raise InputError(f"bad {name} {value!r}: must be a text that is not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"bad {name} {value!r}: is no Unicode text") from None
-    return value
+    return unicode_text(value, f"bad {name} {value!r}: it")
 
 
 def _unknown_ids(user_id: str | None, item_id: str | None, reviews: ReviewSource) -> list[str]:
@@ -133,7 +133,9 @@ def _unknown_ids(user_id: str | None, item_id: str | None, reviews: ReviewSource
 def _item(given: Any, item_id: str, before: float, reviews: ReviewSource | None) -> Item:
     if given is not None:
         return replace(Item.from_dict(given), item_id=item_id)
-    return reviews.item(item_id, before) if reviews is not None else Item(item_id)
+    if reviews is None:
+        return Item(item_id)
+    return Item.from_dict(reviews.item(item_id, before).to_dict())  # checked: anyone's source
 
 
 def _passed(
@@ -142,17 +144,40 @@ def _passed(
     """Passed reviews, checked, strictly earlier than `before`, oldest first."""
     found = []
     for at, row in enumerate(rows, start=1):
-        try:
-            if not isinstance(row, Mapping):
-                raise DataError(f"{type(row).__name__} is no mapping of columns to values")
-            filled = {**defaults, **{k: v for k, v in row.items() if v not in (None, "")}}
-            review = Review.from_dict(filled)
-            scale.check(review.rating)
-        except DataError as error:
-            raise DataError(f"review {at} of the passed history: {error}") from None
+        review = _passed_review(at, row, defaults, scale)
         if review.timestamp < before:
             found.append(review)
     return sorted(found, key=lambda review: review.timestamp)
+
+
+def _passed_review(at: int, row: Json, defaults: Json, scale: RatingScale | None = None) -> Review:
+    try:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{type(row).__name__} is no mapping of columns to values")
+        filled = {**defaults, **{k: v for k, v in row.items() if v not in (None, "")}}
+        review = Review.from_dict(filled)
+        if scale is not None:
+            scale.check(review.rating)
+    except DataError as error:
+        raise DataError(f"review {at} of the passed history: {error}") from None
+    return review
+
+
+def plain_history(reviews: Iterable[Review] | None) -> list[Json] | None:
+    """A history as the graph's input takes it: what no checkpointer could keep is refused here.
+
+    Raises:
+        DataError: a number that is none, or a text that is no Unicode; it names the review.
+    """
+    if reviews is None:
+        return None
+    rows = (review.to_dict() for review in reviews)
+    return [_passed_review(at, row, {}).to_dict() for at, row in enumerate(rows, start=1)]
+
+
+def plain_item(item: Item) -> Json:
+    """As `plain_history`, of an item."""
+    return Item.from_dict(item.to_dict()).to_dict()
 
 
 def _without_pair(reviews: list[Review], user_id: str, item_id: str, limit: int) -> _Side:

@@ -51,6 +51,10 @@ class Knobs:
     anew without the review."""
     record: bool = False
     """Keep each step's exact prompt and output in the state, for looking at the run later."""
+    timeout: float | None = None
+    """Seconds after which the run ends with `RunTimeoutError`; None: it may take as long as it
+    takes. A ranking is one run, and a run that is resumed has all its time again. Where the graph
+    itself is called, without the `Recommender`, each step has as much."""
 
     def __post_init__(self) -> None:
         """Refuse what is of another type or out of range."""
@@ -71,6 +75,8 @@ class Knobs:
         _check("ask_below", self.ask_below, unsure, "a number from 0 to 1")
         warm = _is_number(self.temperature) and 0 < self.temperature < math.inf
         _check("temperature", self.temperature, warm, "a number above 0")
+        soon = _is_number(self.timeout) and 0 < self.timeout < math.inf  # type: ignore[operator]
+        _check("timeout", self.timeout, self.timeout is None or soon, "a number of seconds above 0")
 
     def settled(self, history: int) -> Self:
         """With this length of history where none is asked for."""

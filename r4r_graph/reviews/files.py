@@ -31,6 +31,8 @@ ROW_SUFFIXES = (".csv", ".jsonl", ".ndjson", ".csv.gz", ".jsonl.gz", ".ndjson.gz
 _FORMATS = ".parquet, .csv, .jsonl or .ndjson (the last three also with .gz)"
 NAMED = 5
 """Bad rows named in an error."""
+AT_ONCE = 1 << 16
+"""Rows that are read and checked at once."""
 _LONGEST_FIELD = 2**31 - 1  # characters in a CSV field; the most that every platform takes
 _csv_limit = threading.Lock()
 
@@ -216,8 +218,24 @@ def read_parquet(path: Path, layout: Layout) -> pa.Table:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             used = layout.check(path, file.schema_arrow.names)
-            table = file.read(columns=used)
+            return _all_columns(file.read(columns=used), layout)
     except (pa.ArrowException, OSError) as error:
         raise unreadable(path, error) from None
+
+
+def parquet_batches(path: Path, layout: Layout) -> Iterator[tuple[int, pa.Table]]:
+    """As `read_parquet`, some rows at a time, each with the number of the rows before."""
+    before = 0
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            used = layout.check(path, file.schema_arrow.names)
+            for batch in file.iter_batches(AT_ONCE, columns=used):
+                yield before, _all_columns(pa.Table.from_batches([batch]), layout)
+                before += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(path, error) from None
+
+
+def _all_columns(table: pa.Table, layout: Layout) -> pa.Table:
     columns = {name: pa.nulls(len(table)) for name in layout.required + layout.optional}
-    return pa.table(columns | {name: plain_column(table, name) for name in used})
+    return pa.table(columns | {name: plain_column(table, name) for name in table.column_names})

@@ -1,9 +1,7 @@
-"""Reviews in an Arrow table, indexed once.
+"""Reviews in an Arrow table, found by an index that is built once.
 
-The index is built with numpy: ids become small integers, and the rows are ordered by
-(user, time), by (item, time) and by (user, item, time). Running sums of the ratings and of their
-squares follow the first two orders. A question then takes a few binary searches and reads from
-the table only the texts of the reviews that it returns: O(log n + limit).
+`index` says where to look; only the texts of the reviews that an answer holds are read from the
+table, which may be one in memory or one mapped from disk (see `stored`): O(log n + limit).
 """
 
 from __future__ import annotations
@@ -15,16 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from r4r_graph.errors import DataError, SettingError
+from r4r_graph.errors import DataError
 from r4r_graph.ratings import RatingStats
+from r4r_graph.reviews.index import (
+    Floats,
+    Ids,
+    ReviewIndex,
+    Texts,
+    Timeline,
+    check_limit,
+)
 from r4r_graph.schema import Item, Review, unix_seconds
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 REVIEW_SCHEMA = pa.schema(
     {
@@ -38,9 +40,8 @@ REVIEW_SCHEMA = pa.schema(
 )
 """The standard columns of a table of reviews; `timestamp` in unix seconds."""
 
-
-_EVERYONE = ""
-"""No user has this id: ids are never empty."""
+_AT_ONCE = 4096
+"""Rows that are made reviews at once when all are listed."""
 
 
 class TableReviewSource:
@@ -51,259 +52,221 @@ class TableReviewSource:
     of them in the table's order.
     """
 
-    def __init__(self, table: pa.Table, items: Mapping[str, Item] | None = None) -> None:
-        """Index a table.
+    def __init__(
+        self,
+        table: pa.Table,
+        items: Mapping[str, Item] | None = None,
+        *,
+        index: ReviewIndex | None = None,
+    ) -> None:
+        """Check and index a table.
 
         Args:
             table: Has the columns of `REVIEW_SCHEMA` (others are ignored). Texts and ids may be
                 of any string type, dictionary-encoded too, or whole numbers. Numbers may be of
                 any width. Titles and reviews may be null.
             items: The item catalogue, by item id.
+            index: Of this very table, which is then one that was checked before and is of
+                `REVIEW_SCHEMA`, without nulls.
 
         Raises:
             DataError: a column is missing or not of such a type, an id is null or empty, or a
                 rating or a timestamp is null, not finite or in milliseconds.
         """
-        missing = [name for name in REVIEW_SCHEMA.names if name not in table.column_names]
-        if missing:
-            raise DataError(
-                f"the table has no column {', '.join(missing)}; it has "
-                f"{', '.join(table.column_names) or 'none at all'}"
-            )
+        if index is None:
+            table = _checked(table)
+            index = ReviewIndex.of(table)
+        self._rows = _Rows.of(table)
+        self._index = index
         self._items = dict(items or {})
-        self._ratings = _finite(table, "rating")
-        self._times = _finite(table, "timestamp")
-        if len(self._times):
-            unix_seconds(float(self._times.min()))
-            unix_seconds(float(self._times.max()))
-        titles = column_of_texts(table, "title")
-        self._titles = _Texts.of(titles)
-        self._texts = _Texts.of(column_of_texts(table, "review"))
-        user_ids, self._user_codes = _encode(table, "user_id")
-        item_ids, self._item_codes = _encode(table, "item_id")
-
-        by_time = np.argsort(self._times, kind="stable")
-        self._users = _Side.of(user_ids, self._user_codes, by_time, self._times, self._ratings)
-        self._rated = _Side.of(item_ids, self._item_codes, by_time, self._times, self._ratings)
-        one = np.zeros(len(self._ratings), dtype=np.int64)
-        self._all = _Side.of([_EVERYONE], one, by_time, self._times, self._ratings)
-        pairs = self._user_codes * len(item_ids) + self._item_codes
-        self._pair_rows = by_time[np.argsort(pairs[by_time], kind="stable")]
-        self._pairs = pairs[self._pair_rows]
-
-        titled = pc.fill_null(pc.not_equal(titles, ""), False).to_numpy()
-        places = np.where(titled[self._rated.rows], np.arange(len(self)), -1)
-        self._last_titled = np.maximum.accumulate(places)
 
     @classmethod
     def from_reviews(cls, reviews: Iterable[Review], items: Iterable[Item] = ()) -> Self:
         """A source of the reviews given, with a catalogue of the items given.
 
         Raises:
-            DataError: a review without an id, or with a rating or timestamp that is not finite.
+            DataError: a review without an id, with a rating or timestamp that is not finite, or
+                with a text that is no Unicode.
         """
         rows = [(r.user_id, r.item_id, r.title, r.rating, r.timestamp, r.text) for r in reviews]
         columns = list(zip(*rows, strict=True)) or [()] * len(REVIEW_SCHEMA)
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, REVIEW_SCHEMA, strict=True)]
+        try:
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, REVIEW_SCHEMA, strict=True)]
+        except (UnicodeEncodeError, OverflowError, pa.ArrowInvalid) as error:
+            raise DataError(f"a text that is no Unicode, or no number: {error}") from None
         return cls(pa.table(arrays, schema=REVIEW_SCHEMA), {i.item_id: i for i in items})
 
     def __len__(self) -> int:
-        return len(self._ratings)
+        return self._rows.starts[-1]
 
     def __iter__(self) -> Iterator[Review]:
-        return map(self._review, range(len(self)))
+        return iter(self._rows)
 
     def user_ids(self) -> list[str]:
         """Everyone who wrote a review, by first appearance in the table."""
-        return list(self._users.ids)
+        return _by_appearance(self._index.user_ids, self._index.users)
 
     def item_ids(self) -> list[str]:
         """All items that are known: the reviewed ones by first appearance, then the others."""
-        return list(dict.fromkeys([*self._rated.ids, *self._items]))
+        reviewed = _by_appearance(self._index.item_ids, self._index.items)
+        return list(dict.fromkeys([*reviewed, *self._items]))
 
     def user_history(
         self, user_id: str, before: float, limit: int, *, without_item: str | None = None
     ) -> list[Review]:
         """The user's latest reviews before a time, oldest first; see `ReviewSource`."""
-        own = self._own_rows(user_id, without_item, before)
-        return self._history(self._users, user_id, before, limit, own)
+        user = self._index.user_ids.code(user_id)
+        own = self._own_rows(user, self._index.item_ids.code(without_item), before)
+        return self._history(self._index.users, user, before, limit, own)
 
     def item_history(
         self, item_id: str, before: float, limit: int, *, without_user: str | None = None
     ) -> list[Review]:
         """The latest reviews of an item before a time, oldest first; see `ReviewSource`."""
-        own = self._own_rows(without_user, item_id, before)
-        return self._history(self._rated, item_id, before, limit, own)
+        item = self._index.item_ids.code(item_id)
+        own = self._own_rows(self._index.user_ids.code(without_user), item, before)
+        return self._history(self._index.items, item, before, limit, own)
 
     def user_stats(
         self, user_id: str, before: float, *, without_item: str | None = None
     ) -> RatingStats:
         """Statistics of all ratings by the user before a time; see `ReviewSource`."""
-        own = self._own_rows(user_id, without_item, before)
-        return self._users.stats(user_id, before, self._ratings[own])
+        user = self._index.user_ids.code(user_id)
+        own = self._own_rows(user, self._index.item_ids.code(without_item), before)
+        return self._index.users.stats(user, before, self._ratings(own))
 
     def item_stats(
         self, item_id: str, before: float, *, without_user: str | None = None
     ) -> RatingStats:
         """Statistics of all ratings of an item before a time; see `ReviewSource`."""
-        own = self._own_rows(without_user, item_id, before)
-        return self._rated.stats(item_id, before, self._ratings[own])
+        item = self._index.item_ids.code(item_id)
+        own = self._own_rows(self._index.user_ids.code(without_user), item, before)
+        return self._index.items.stats(item, before, self._ratings(own))
 
     def overall_stats(
         self, before: float, *, without_pair: tuple[str, str] | None = None
     ) -> RatingStats:
         """Statistics of all ratings before a time; see `ReviewSource`."""
         user_id, item_id = without_pair or (None, None)
-        own = self._own_rows(user_id, item_id, before)
-        return self._all.stats(_EVERYONE, before, self._ratings[own])
+        index = self._index
+        own = self._own_rows(index.user_ids.code(user_id), index.item_ids.code(item_id), before)
+        return index.everyone.stats(0, before, self._ratings(own))
 
     def knows_user(self, user_id: str) -> bool:
         """Whether the user wrote any review, at whatever time."""
-        return user_id in self._users.codes
+        return self._index.user_ids.code(user_id) is not None
 
     def knows_item(self, item_id: str) -> bool:
         """Whether the item has any review, at whatever time, or is in the item catalogue."""
-        return item_id in self._rated.codes or item_id in self._items
+        return item_id in self._items or self._index.item_ids.code(item_id) is not None
 
     def item(self, item_id: str, before: float | None) -> Item:
         """The catalogue's entry, if need be with a title from a review; see `ReviewSource`."""
-        entry = self._items.get(item_id, Item(item_id))
+        entry, items = self._items.get(item_id, Item(item_id)), self._index.items
+        code = None if entry.title else self._index.item_ids.code(item_id)
         for moment in (math.inf if before is None else before, math.inf):
-            start, stop = self._rated.earlier(item_id, moment)
-            if entry.title:
-                break
-            place = self._last_titled[stop - 1] if stop > start else -1
-            if place >= start:
-                return replace(entry, title=self._titles.at(int(self._rated.rows[place])))
+            start, stop = items.earlier(code, moment)
+            place = int(self._index.titled[stop - 1]) if stop > start else -1
+            if place >= start and code is not None:
+                return replace(entry, title=self._rows.review(int(items.rows[place])).title)
         return entry
 
     def _history(
-        self, side: _Side, name: str, before: float, limit: int, own: Ints
+        self, side: Timeline, code: int | None, before: float, limit: int, own: list[int]
     ) -> list[Review]:
-        if limit < 0:
-            raise SettingError(f"bad history limit {limit}: must be 0 or more")
-        start, stop = side.earlier(name, before)
-        left_out = set(own.tolist())
+        check_limit(limit)
+        start, stop = side.earlier(code, before)
+        left_out = set(own)
         window = side.rows[max(start, stop - limit - len(left_out)) : stop].tolist()
         kept = [row for row in window if row not in left_out]
-        return [self._review(row) for row in kept[max(0, len(kept) - limit) :]]
+        return [self._rows.review(row) for row in kept[max(0, len(kept) - limit) :]]
 
-    def _own_rows(self, user_id: str | None, item_id: str | None, before: float) -> Ints:
-        """Rows of one pair's reviews before a time; none where either side is None or unknown."""
-        user = self._users.codes.get(user_id) if user_id is not None else None
-        item = self._rated.codes.get(item_id) if item_id is not None else None
-        if user is None or item is None:
-            return self._pair_rows[:0]
-        pair = user * len(self._rated.ids) + item
-        start, stop = np.searchsorted(self._pairs, [pair, pair + 1])
-        rows = self._pair_rows[start:stop]
-        return rows[: np.searchsorted(self._times[rows], before)]
+    def _own_rows(self, user: int | None, item: int | None, before: float) -> list[int]:
+        """Rows of one pair's reviews before a time; none where either side is unknown."""
+        rows = self._index.own_rows(user, item)
+        return [row for row in rows if self._rows.number("timestamp", row) < before]
 
-    def _review(self, row: int) -> Review:
-        return Review(
-            user_id=self._users.ids[self._user_codes[row]],
-            item_id=self._rated.ids[self._item_codes[row]],
-            rating=float(self._ratings[row]),
-            timestamp=float(self._times[row]),
-            title=self._titles.at(row),
-            text=self._texts.at(row),
-        )
+    def _ratings(self, rows: list[int]) -> list[float]:
+        return [self._rows.number("rating", row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
-    """All reviews in the order (id, time, place in the table), for users or for items."""
+class _Rows:
+    """Single rows out of a table of `REVIEW_SCHEMA`, without joining its chunks."""
 
-    ids: list[str]
-    codes: dict[str, int]
-    """Place of each id in `ids`."""
-    starts: Ints
-    """Where each id's reviews begin in the arrays below, and the end of the last one's."""
-    rows: Ints
-    times: Floats
-    sums: Floats
-    """Sum of the id's ratings up to and with this review."""
-    squares: Floats
-
-    @classmethod
-    def of(
-        cls, ids: list[str], row_codes: Ints, by_time: Ints, times: Floats, ratings: Floats
-    ) -> Self:
-        """The index, given each row's code and the rows in time order."""
-        rows = by_time[np.argsort(row_codes[by_time], kind="stable")]
-        starts = np.searchsorted(row_codes[rows], np.arange(len(ids) + 1)).astype(np.int64)
-        return cls(
-            ids=ids,
-            codes={name: code for code, name in enumerate(ids)},
-            starts=starts,
-            rows=rows,
-            times=times[rows],
-            sums=_running_sums(ratings[rows], starts),
-            squares=_running_sums(ratings[rows] ** 2, starts),
-        )
-
-    def earlier(self, name: str, before: float) -> tuple[int, int]:
-        """Begin and end of the id's reviews before a time."""
-        if math.isnan(before):
-            raise SettingError("bad time nan: 'before' must be a time in unix seconds")
-        code = self.codes.get(name)
-        if code is None:
-            return 0, 0
-        start, stop = int(self.starts[code]), int(self.starts[code + 1])
-        return start, start + int(np.searchsorted(self.times[start:stop], before))
-
-    def stats(self, name: str, before: float, left_out: Floats) -> RatingStats:
-        """Statistics of the id's ratings before a time, less some of them."""
-        start, stop = self.earlier(name, before)
-        if stop == start:
-            return RatingStats()
-        return RatingStats.from_sums(
-            stop - start - len(left_out),
-            float(self.sums[stop - 1] - left_out.sum()),
-            float(self.squares[stop - 1] - (left_out**2).sum()),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """One text at a time out of a chunked column, without joining the chunks."""
-
-    chunks: list[Any]
+    batches: list[pa.RecordBatch]
+    columns: list[list[Texts | memoryview]]
+    """Of each batch, in the order of `REVIEW_SCHEMA`."""
     starts: list[int]
-    """Row at which each chunk begins."""
+    """Row at which each batch begins, and the number of all rows."""
 
     @classmethod
-    def of(cls, column: pa.ChunkedArray) -> Self:
-        ends = np.cumsum([len(chunk) for chunk in column.chunks], dtype=np.int64)
-        return cls(column.chunks, [0, *ends.tolist()])
+    def of(cls, table: pa.Table) -> Self:
+        batches = table.select(REVIEW_SCHEMA.names).to_batches()
+        ends = np.cumsum([len(batch) for batch in batches], dtype=np.int64)
+        columns = [[_single(column) for column in batch.columns] for batch in batches]
+        return cls(batches, columns, [0, *ends.tolist()])
 
-    def at(self, row: int) -> str:
-        """The text in a row; empty where it is null."""
+    def review(self, row: int) -> Review:
         chunk = bisect_right(self.starts, row) - 1
-        return str(self.chunks[chunk][row - self.starts[chunk]].as_py() or "")
+        place = row - self.starts[chunk]
+        return _review(*[column[place] for column in self.columns[chunk]])
+
+    def number(self, name: str, row: int) -> float:
+        chunk = bisect_right(self.starts, row) - 1
+        column = self.columns[chunk][REVIEW_SCHEMA.get_field_index(name)]
+        return float(column[row - self.starts[chunk]])
+
+    def __iter__(self) -> Iterator[Review]:
+        for batch in self.batches:
+            for start in range(0, len(batch), _AT_ONCE):
+                some = batch.slice(start, _AT_ONCE)
+                yield from map(_review, *[column.to_pylist() for column in some.columns])
 
 
-def _running_sums(values: Floats, starts: Ints) -> Floats:
-    """Cumulated sums that begin anew at each start, as exact as if each were summed alone: the
-    rounding errors of millions of rows must not reach the few ratings of a single user."""
-    if not len(values):
-        return values
-    firsts = starts[:-1]
-    steps = values.copy()
-    steps[firsts[1:]] -= np.add.reduceat(values, firsts)[:-1]
-    sums = np.cumsum(steps)
-    drift: Floats = np.repeat(sums[firsts] - values[firsts], np.diff(starts))
-    return sums - drift
+def _single(column: pa.Array) -> Texts | memoryview:
+    """What gives a column's values one by one."""
+    if column.type == pa.large_string():
+        return Texts.of(column)
+    return memoryview(column.to_numpy())
 
 
-def _encode(table: pa.Table, name: str) -> tuple[list[str], Ints]:
-    """The distinct ids of a column, by first appearance, and each row's place among them."""
-    column = column_of_texts(table, name).combine_chunks()
-    empty = pc.fill_null(pc.equal(column, ""), True)
-    if pc.any(empty).as_py():
-        raise DataError(f"row {empty.index(True).as_py() + 1} of the table has no {name}")
-    encoded = column.dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+def _review(*values: Any) -> Review:
+    """A row's values as a review."""
+    user_id, item_id, title, rating, timestamp, text = values
+    return Review(user_id, item_id, rating, timestamp, title, text)
+
+
+def _by_appearance(ids: Ids, side: Timeline) -> list[str]:
+    if not len(ids):
+        return []
+    firsts = np.minimum.reduceat(side.rows, side.starts[:-1])
+    return ids.texts.take(pa.array(np.argsort(firsts))).to_pylist()  # type: ignore[no-any-return]
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """The table in the types of `REVIEW_SCHEMA`; DataError where it cannot be used."""
+    missing = [name for name in REVIEW_SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"the table has no column {', '.join(missing)}; it has "
+            f"{', '.join(table.column_names) or 'none at all'}"
+        )
+    columns: dict[str, Any] = {}
+    for name in ("user_id", "item_id", "title", "review"):
+        columns[name] = column_of_texts(table, name)
+    for name in ("user_id", "item_id"):
+        empty = pc.fill_null(pc.equal(columns[name], ""), True)
+        if pc.any(empty).as_py():
+            raise DataError(f"row {pc.index(empty, True).as_py() + 1} of the table has no {name}")
+    for name in ("title", "review"):
+        columns[name] = pc.fill_null(columns[name], "")
+    for name in ("rating", "timestamp"):
+        columns[name] = _finite(table, name)
+    if len(table):
+        unix_seconds(float(columns["timestamp"].min()))
+        unix_seconds(float(columns["timestamp"].max()))
+    return pa.table({name: columns[name] for name in REVIEW_SCHEMA.names}, schema=REVIEW_SCHEMA)
 
 
 def _finite(table: pa.Table, name: str) -> Floats:
