@@ -37,13 +37,17 @@ SAMPLE = Path(__file__).parents[1] / "r4r_graph" / "_demo" / "reviews.jsonl"
 
 
 def invented(count: int) -> tuple[list[Review], list[Pair]]:
-    """Reviews by six users of six items, and pairs at rising times."""
+    """Reviews by many users, and pairs user by user, so that summaries are made all the way."""
+    users = max(2, count // 5)
     reviews = [
-        Review(f"u{u}", f"i{i}", 1 + (u + i) % 5, 1e3 + 10 * u + i, f"Title {i}", f"Words {u} {i}.")
-        for u in range(6)
-        for i in range(6)
+        Review(
+            f"u{user}", f"i{(user + n) % users}", 1 + (user + n) % 5, 1e3 + user, "", f"{user} {n}."
+        )
+        for user in range(users)
+        for n in range(4)
     ]
-    return reviews, [Pair(f"u{n % 6}", f"i{n % 5}", 1030.0 + n) for n in range(count)]
+    pairs = [Pair(f"u{n // 5}", f"i{(n // 5 + 6 + n % 5) % users}", 1e6 + n) for n in range(count)]
+    return reviews, pairs
 
 
 def sampled(count: int) -> tuple[list[Review], list[Pair]]:

@@ -32,7 +32,7 @@ from r4r_graph.schema import Review
 
 FOLDS = 5
 
-LEAST_ROWS = 100
+LEAST_ROWS = 30
 """Training rows that a domain must have."""
 
 # Chosen on the validation part of one dense and one sparse data set, as in `boosting`.

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from r4r_graph.ranking import CandidateProgress, Ranking, popular_items
     from r4r_graph.ratings import RatingDistribution, RatingScale
     from r4r_graph.recommender import Question, RationaleToken, Recommender, SummaryProgress
-    from r4r_graph.reviews import ReviewSource, TableReviewSource, load_items, load_reviews
+    from r4r_graph.reviews import (
+        ReviewSource,
+        TableReviewSource,
+        load_items,
+        load_reviews,
+        open_reviews,
+    )
+    from r4r_graph.reviews.sql import SqlReviewSource
     from r4r_graph.runs import list_runs, open_runs
     from r4r_graph.schema import AspectSummary, Item, Recommendation, Review
 
@@ -41,6 +48,7 @@ _HOMES = {
     "Recommender": "recommender",
     "Review": "schema",
     "ReviewSource": "reviews",
+    "SqlReviewSource": "reviews.sql",
     "SummaryProgress": "recommender",
     "TableReviewSource": "reviews",
     "TokenBudgets": "evidence",
@@ -52,6 +60,7 @@ _HOMES = {
     "load_items": "reviews",
     "load_local_engine": "engine",
     "load_reviews": "reviews",
+    "open_reviews": "reviews",
     "open_runs": "runs",
     "popular_items": "ranking",
 }
@@ -74,6 +83,7 @@ __all__ = [
     "Recommender",
     "Review",
     "ReviewSource",
+    "SqlReviewSource",
     "SummaryProgress",
     "TableReviewSource",
     "TokenBudgets",
@@ -85,6 +95,7 @@ __all__ = [
     "load_items",
     "load_local_engine",
     "load_reviews",
+    "open_reviews",
     "open_runs",
     "popular_items",
 ]

@@ -1,8 +1,10 @@
-"""Where things are kept: summaries of people's reviews, runs, and converted base models.
+"""Where things are kept: summaries of people's reviews, runs, indexed reviews, and converted base
+models.
 
 Everything lies under one folder: the one of `use_dir`, else `R4R_CACHE_DIR`, else the platform's
 cache folder for `r4r-graph`.
-Deleting it is always safe: summaries and base models are made again, and runs are forgotten.
+Deleting it is always safe: summaries, indexes and base models are made again, and runs are
+forgotten.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _told: str | os.PathLike[str] | None = None
 _TABLES = {"summaries": ("store",), "runs": ("checkpoints", "writes")}
 """What is emptied of a database that cannot be unlinked."""
 
+_REVIEWS = "reviews "
 _BUSY_SECONDS = 30.0
 _LOCK_SECONDS = 600.0
 _SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -44,7 +47,7 @@ class CacheEntry:
     """Something that is kept on disk."""
 
     name: str
-    """What it is: `summaries`, `runs`, or `base model` and its folder's name."""
+    """What it is: `summaries`, `runs`, or `reviews` or `base model` and its folder's name."""
     path: Path
     bytes: int
     """Size on disk, side files included."""
@@ -92,6 +95,15 @@ def runs_path() -> Path:
     return cache_dir() / "runs.sqlite"
 
 
+def review_indexes_dir() -> Path:
+    """The folder of indexed reviews, one subfolder a file; made when it is not there.
+
+    Raises:
+        SettingError: see `cache_dir`.
+    """
+    return _made(cache_dir() / "reviews")
+
+
 def base_models_dir() -> Path:
     """The folder of converted base models, one subfolder a model; made when it is not there.
 
@@ -111,7 +123,7 @@ def digests_path() -> Path:
 
 
 def cache_info() -> list[CacheEntry]:
-    """What is kept at present: the summaries first, then the runs, then each base model.
+    """What is kept at present: the summaries first, then the runs, indexed reviews, base models.
 
     Raises:
         SettingError: see `cache_dir`.
@@ -121,13 +133,19 @@ def cache_info() -> list[CacheEntry]:
         if files := _with_side_files(path):
             size = sum(file.stat().st_size for file in files)
             entries.append(CacheEntry(name, path, size, holds_reviews=True))
+    for folder in sorted(p for p in review_indexes_dir().iterdir() if p.is_dir()):
+        entries.append(CacheEntry(f"{_REVIEWS}{folder.name}", folder, _size(folder), True))
     for folder in sorted(p for p in base_models_dir().iterdir() if p.is_dir()):
         entries.append(CacheEntry(f"base model {folder.name}", folder, _size(folder), False))
     return entries
 
 
 def clear_cache(
-    *, summaries: bool = True, runs: bool = True, base_models: bool = False
+    *,
+    summaries: bool = True,
+    runs: bool = True,
+    reviews: bool = True,
+    base_models: bool = False,
 ) -> list[CacheEntry]:
     """Delete what is kept; returns what was deleted.
 
@@ -140,11 +158,13 @@ def clear_cache(
     """
     deleted = []
     for entry in cache_info():
-        if not {"summaries": summaries, "runs": runs}.get(entry.name, base_models):
+        indexed = entry.name.startswith(_REVIEWS)
+        others = reviews if indexed else base_models
+        if not {"summaries": summaries, "runs": runs}.get(entry.name, others):
             continue
         try:
             with locked(entry.path if entry.holds_reviews else base_models_dir()):
-                if entry.holds_reviews:
+                if entry.holds_reviews and not indexed:
                     _delete_database(entry.path, _TABLES[entry.name])
                 else:
                     _delete_folder(entry.path)

@@ -337,3 +337,22 @@ def test_writing_leaves_the_old_file_or_the_new_one(
         caches.write_atomically(path, "new")
     assert path.read_text(encoding="utf-8") == "ä"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_indexed_reviews_are_shown_and_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from r4r_graph.reviews import load_reviews
+
+    monkeypatch.setenv("R4R_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "reviews.csv"
+    path.write_text("user_id,item_id,rating,timestamp\nu,i,4,5\n")
+    load_reviews(path, index=True)
+    [entry] = caches.cache_info()
+    assert entry.name.startswith("reviews reviews.csv-")
+    assert entry.holds_reviews
+    assert entry.bytes > 1000
+    assert caches.clear_cache(reviews=False) == []
+    assert caches.clear_cache() == [entry]
+    assert not entry.path.exists()
+    assert len(load_reviews(path, index=True)) == 1

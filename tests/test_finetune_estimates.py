@@ -118,12 +118,12 @@ def test_the_shares_mix_them_into_the_targets(recipe: Recipe) -> None:
 def test_too_few_rows_are_counted(tmp_path: Path, tiny_base: Path) -> None:
     small = parse_recipe(
         {
-            "reviews": str(write_reviews(tmp_path / "r.parquet", two_kinds(8, 10))),
+            "reviews": str(write_reviews(tmp_path / "r.parquet", two_kinds(8, 6))),
             "work": str(tmp_path / "work"),
             "base": str(tiny_base),
             "splits": {"reward_rows": 0, "instruction_rows": 9},
         }
     )
     make_splits(small)
-    with pytest.raises(DataError, match=r"32 training rows are too few .* estimate_share"):
+    with pytest.raises(DataError, match=r"19 training rows are too few .* estimate_share"):
         statistical_estimates(small, read_targets(small, "train"))

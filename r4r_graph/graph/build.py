@@ -68,7 +68,7 @@ def build_graph(
         return {"adapter": adapter, "prompt": card["prompts"][expert]}
 
     builder = StateGraph(RatingState, Knobs, input_schema=RatingInput)
-    builder.add_node("recall", nodes.recall)
+    builder.add_node("recall", nodes.recall, retry_policy=retry)
     builder.add_node(
         "summarizer",
         step("summarizer", nodes.summarize, nodes.asummarize),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from r4r_graph.caches import cache_dir
+from r4r_graph.caches import review_indexes_dir
 from r4r_graph.errors import DataError, SettingError
 from r4r_graph.ratings import RatingScale
 from r4r_graph.reviews.addresses import is_address, without_password
@@ -140,7 +140,7 @@ def _index_folder(
         return None
     whole = Path(path).resolve()
     name = hashlib.blake2b(str(whole).encode("utf-8", "surrogateescape"), digest_size=8)
-    return cache_dir() / "reviews" / f"{whole.name[:40]}-{name.hexdigest()}"
+    return review_indexes_dir() / f"{whole.name[:40]}-{name.hexdigest()}"
 
 
 def _read_reviews(

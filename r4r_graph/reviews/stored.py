@@ -72,10 +72,7 @@ def stored_reviews(
         with locked(folder, timeout=_WAIT):
             found = _open(folder, files, scale)
             if found is None:
-                _make(folder, files, scale, read)
-                found = _open(folder, files, scale)
-    if found is None:
-        raise OSError(f"the index in {folder} was removed while it was opened")
+                found = _map(_make(folder, files, scale, read))
     return found
 
 
@@ -93,14 +90,18 @@ def _open(
             return None
         if manifest["scale"] != [scale.low, scale.high] or not _is_of(folder, manifest, files):
             return None
-        ids = []
-        for name in _IDS:
-            texts = _mapped(data / f"{name}.arrow").column(0).chunk(0)
-            ids.append(Ids.kept(texts, _array(data, name)))
-        found = {name: _array(data, name) for name in ARRAYS}
-        return _mapped(data / _TABLE), ReviewIndex.put_together(ids[0], ids[1], found)
+        return _map(data)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None  # there is none, or it is damaged, or was replaced a moment ago
+
+
+def _map(data: Path) -> tuple[pa.Table, ReviewIndex]:
+    ids = []
+    for name in _IDS:
+        texts = _mapped(data / f"{name}.arrow").column(0).chunk(0)
+        ids.append(Ids.kept(texts, _array(data, name)))
+    found = {name: _array(data, name) for name in ARRAYS}
+    return _mapped(data / _TABLE), ReviewIndex.put_together(ids[0], ids[1], found)
 
 
 def _array(data: Path, name: str) -> Any:
@@ -130,8 +131,8 @@ def _is_of(folder: Path, manifest: dict[str, Any], files: Sequence[Path]) -> boo
 # Making ------------------------------------------------------------------------------------------
 
 
-def _make(folder: Path, files: Sequence[Path], scale: RatingScale, read: Read) -> None:
-    """Write an index into the folder; the caller holds its lock."""
+def _make(folder: Path, files: Sequence[Path], scale: RatingScale, read: Read) -> Path:
+    """Write an index into the folder, and say where; the caller holds its lock."""
     now = time.time_ns()
     stamps, digests = _stamps(files), _digests(files)
     data = Path(tempfile.mkdtemp(dir=folder, prefix=_DATA))
@@ -155,6 +156,7 @@ def _make(folder: Path, files: Sequence[Path], scale: RatingScale, read: Read) -
         # Left by a process that was killed, or replaced: what others have mapped stays theirs.
         if old != data:
             shutil.rmtree(old, ignore_errors=True)
+    return data
 
 
 def _write(data: Path, read: Read) -> None:
