@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,34 @@ def test_killed_at_random_moments_the_rows_are_the_same_and_no_summary_is_made_t
     assert figures["kept_summaries_made_again"] == 0
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def on_interrupt() -> Iterator[Callable[[Any], None]]:
+    """Sets what Ctrl-C does: a process that a shell began in its background ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda does: signal.signal(signal.SIGINT, does)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("which", "interrupt"),
+    [
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_IGN),
+    ],
+    ids=["ctrl-c", "term", "term in the background"],
+)
 def test_a_signal_ends_it_with_a_word_and_what_is_finished_is_kept(
-    which: signal.Signals, r4r: R4r, script: Any, files: tuple[Path, Path], tmp_path: Path
+    which: signal.Signals,
+    interrupt: Any,
+    on_interrupt: Callable[[Any], None],
+    r4r: R4r,
+    script: Any,
+    files: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
+    on_interrupt(interrupt)
     reviews, pairs = files
     rated: list[int] = []
 
@@ -206,6 +231,7 @@ def test_summaries_that_cannot_be_kept_are_not_made_for_nothing() -> None:
     assert (report.rows, report.reused, report.failed) == (36, 7, 0)
 
 
+@pytest.mark.usefixtures("on_interrupt")
 def test_a_stopped_summarize_keeps_what_was_made(
     r4r: R4r, script: Any, files: tuple[Path, Path]
 ) -> None:

@@ -176,7 +176,7 @@ def summarize(
 @contextmanager
 def _stoppable(kept: str) -> Iterator[None]:
     """Ctrl-C, and the signal with which schedulers end jobs, end it with a word on what is kept."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         yield
     except KeyboardInterrupt:
@@ -184,6 +184,13 @@ def _stoppable(kept: str) -> Iterator[None]:
         raise typer.Exit(STOPPED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _as_interrupt(*_: object) -> None:
+    """Ends the job as Ctrl-C does, also where that is ignored: in a shell's background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def _absolute(path: Path | str | None) -> str | None:
