@@ -32,7 +32,7 @@ test-vllm: $(VENV)/.dev $(VLLM)/.ready
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/orchestration.py
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/bulk.py --pairs 8 --rounds 1
 
 # torch first and alone, so that nothing pulls in another build of it.
 $(VENV)/.torch: constraints.txt

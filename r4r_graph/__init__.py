@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from r4r_graph.configuration import Configuration, load_configured
     from r4r_graph.engine import Engine, fake_engine, load_local_engine
-    from r4r_graph.errors import R4RError
+    from r4r_graph.errors import R4RError, RunTimeoutError
     from r4r_graph.evidence import TokenBudgets
     from r4r_graph.experts import Experts
     from r4r_graph.graph import Knobs, build_graph, build_ranking_graph
@@ -48,6 +48,7 @@ _HOMES = {
     "Recommender": "recommender",
     "Review": "schema",
     "ReviewSource": "reviews",
+    "RunTimeoutError": "errors",
     "SqlReviewSource": "reviews.sql",
     "SummaryProgress": "recommender",
     "TableReviewSource": "reviews",
@@ -83,6 +84,7 @@ __all__ = [
     "Recommender",
     "Review",
     "ReviewSource",
+    "RunTimeoutError",
     "SqlReviewSource",
     "SummaryProgress",
     "TableReviewSource",

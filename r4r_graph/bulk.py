@@ -36,7 +36,7 @@ from r4r_graph.experts import Experts
 from r4r_graph.jobs import Columns, JobProgress, JobReport, OnProgress, digest_rows, run_job
 from r4r_graph.parts import storing
 from r4r_graph.recommender import Recommender, check_knobs
-from r4r_graph.reviews import TableReviewSource, load_pairs
+from r4r_graph.reviews import ListedReviews, load_pairs
 from r4r_graph.schema import Pair, Recommendation, Review, unicode_text, unix_seconds
 
 _log = logging.getLogger(__name__)
@@ -203,20 +203,26 @@ def summarize_reviews(
     Calling it again makes what is missing, which is what failed or was stopped.
 
     Args:
-        recommender: its review source is a table.
+        recommender: its review source lists its reviews (`ListedReviews`: a table, a database).
         failures: a JSONL file for the reviews that failed: ids, timestamp and `error`; there is
             none where nothing failed. Left out, they go to the log.
         concurrency: reviews in flight.
         on_progress: called after each review, on this thread.
 
     Raises:
-        InputError: the recommender's reviews are no table.
+        InputError: the recommender has no reviews, or they cannot be listed.
         StorageError: summaries cannot be kept, such as on a full disk.
         EngineFailure: the engine served none of a hundred reviews in a row.
     """
     source = recommender.reviews
-    if not isinstance(source, TableReviewSource):
-        raise InputError("only a table of reviews can be summarized as a whole")
+    if not isinstance(source, ListedReviews):
+        raise InputError(
+            f"{type(source).__name__} cannot list its reviews, so they cannot be summarized as a "
+            "whole: give it __len__ and __iter__, or load them as a table or a database"
+            if source is not None
+            else "no reviews to summarize: load the recommender with some"
+        )
+    count = len(source)
     summarizer = recommender.experts.summarizer
     earlier = summarizer.unkept
     started = time.monotonic()
@@ -246,7 +252,7 @@ def summarize_reviews(
             done += 1
             if on_progress is not None:
                 seconds = time.monotonic() - started
-                on_progress(JobProgress(done, len(source), len(failed), seconds))
+                on_progress(JobProgress(done, count, len(failed), seconds))
 
     async def everything() -> None:
         reviews = iter(source)

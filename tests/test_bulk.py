@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from langgraph.store.memory import InMemoryStore
 
-from r4r_graph import Recommender, Review, fake_engine
+from r4r_graph import Recommender, Review, SqlReviewSource, TableReviewSource, fake_engine
 from r4r_graph.bulk import SCHEMA, rate_pairs, summarize_reviews
 from r4r_graph.engine.base import RateRequest
 from r4r_graph.errors import DataError, EngineFailure, InputError, SettingError
 from r4r_graph.jobs import JobProgress
-from r4r_graph.reviews import load_pairs
+from r4r_graph.reviews import ReviewSource, load_pairs
 from r4r_graph.schema import Pair
 
 REVIEWS = [
@@ -238,3 +238,28 @@ def test_every_review_is_summarized_once() -> None:
         again = summarize_reviews(made)
     assert (first.rows, first.reused, len(calls)) == (36, 0, 36)
     assert (again.rows, again.reused) == (36, 36)
+
+
+def test_the_reviews_of_a_database_are_summarized_too(tmp_path: Path) -> None:
+    pytest.importorskip("sqlalchemy")
+    with (
+        SqlReviewSource(f"sqlite:///{tmp_path / 'reviews.db'}") as source,
+        Recommender.load(source, engine=fake_engine(), store=InMemoryStore()) as made,
+    ):
+        source.add_reviews(REVIEWS)
+        report = summarize_reviews(made)
+    assert (report.rows, report.failed) == (36, 0)
+
+
+def test_reviews_that_cannot_be_listed_are_refused() -> None:
+    class Histories:
+        """Answers questions, and lists nothing."""
+
+    table, histories = TableReviewSource.from_reviews(REVIEWS), Histories()
+    for name in dir(ReviewSource):
+        if not name.startswith("_"):
+            setattr(histories, name, getattr(table, name))
+    for source, complaint in ((None, "no reviews to"), (histories, "Histories cannot list its")):
+        made = Recommender.load(source, engine=fake_engine())  # type: ignore[arg-type]
+        with made, pytest.raises(InputError, match=complaint):
+            summarize_reviews(made)

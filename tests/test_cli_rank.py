@@ -144,3 +144,26 @@ def test_an_engine_that_fails_for_all_is_no_bad_input(
     done = r4r("rank", "--reviews", reviews, "--user", "ann", "--candidates", 2)
     assert done.code == 1
     assert "none of the 2 candidates could be rated: first: away" in done.complaint
+
+
+def test_time_that_is_up_ends_it_with_the_code_of_a_failure(r4r: R4r, reviews: Path) -> None:
+    asked = ("--reviews", reviews, "--user", "ann", "--timeout")
+    done = r4r("rank", *asked, 0.0001, "--candidates", 2)
+    assert (done.code, done.out) == (1, "")
+    assert done.complaint.startswith("the run was not done after 0.0001 s")
+    assert r4r("rank", *asked, 60, "--candidates", 2).code == 0
+    done = r4r("rate", *asked, 0.0001, "--item", "first", "--no-keep")
+    assert (done.code, done.out) == (1, "")
+    assert r4r("rate", *asked, "nan", "--item", "first").code == 2
+
+
+def test_time_that_is_up_in_bulk_is_the_failure_of_each_pair(
+    r4r: R4r, reviews: Path, tmp_path: Path
+) -> None:
+    pairs = candidates(tmp_path, '{"user_id": "ann", "item_id": "first", "as_of": 9}', "p.jsonl")
+    asked = ("bulk", "--reviews", reviews, "--pairs", pairs, "--out", tmp_path / "out")
+    done = r4r(*asked, "--timeout", 0.0001)
+    assert (done.code, json.loads(done.out)["failed"]) == (0, 1)
+    assert "RunTimeoutError" in done.err
+    done = r4r(*asked, "--retry-failed")
+    assert json.loads(done.out)["failed"] == 0

@@ -30,6 +30,7 @@ from r4r_graph.cli.options import (
     ReviewsOption,
     ScaleOption,
     SeedOption,
+    TimeoutOption,
     checked_knobs,
     err,
     load,
@@ -57,6 +58,7 @@ def bulk(
     adapters: AdaptersOption = None,
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
+    timeout: TimeoutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = None,
@@ -88,7 +90,9 @@ def bulk(
     from r4r_graph.parts import failures
     from r4r_graph.reviews import load_pairs
 
-    knobs = checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    knobs = checked_knobs(
+        history=history, rationales=rationales, readout=readout, seed=seed, timeout=timeout
+    )
     if ray is None and (workers is not None or worker_gpus is not None):
         raise SettingError("--workers and --worker-gpus are for --ray")
     wanted = load_pairs(pairs)

@@ -41,6 +41,7 @@ from r4r_graph.cli.options import (
     ScaleOption,
     SeedOption,
     Sources,
+    TimeoutOption,
     checked_knobs,
     err,
     load,
@@ -53,7 +54,14 @@ from r4r_graph.cli.report import report as report_command
 from r4r_graph.cli.runs import fork, resume, runs_app, show
 from r4r_graph.cli.serve_command import serve_command
 from r4r_graph.cli.talk import forget_unread, new_thread, talk
-from r4r_graph.errors import EngineError, InputError, R4RError, SettingError, StorageError
+from r4r_graph.errors import (
+    EngineError,
+    InputError,
+    R4RError,
+    RunTimeoutError,
+    SettingError,
+    StorageError,
+)
 
 app = typer.Typer(
     name="r4r",
@@ -110,6 +118,7 @@ def rate(
     adapters: AdaptersOption = None,
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
+    timeout: TimeoutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = None,
@@ -139,6 +148,7 @@ def rate(
         rationales=rationales,
         readout=readout,
         seed=seed,
+        timeout=timeout,
         ask=ask,
         ask_below=ask_below,
         influence=influence,
@@ -269,8 +279,8 @@ def cache_clear(
 
 
 def main() -> None:
-    """Run `r4r`. Exit codes: 0 done, 1 the engine or the disk failed or a check did, 2 bad input, 3
-    the run waits for a person, 130 stopped by Ctrl-C."""
+    """Run `r4r`. Exit codes: 0 done, 1 the engine, the disk or a check failed or time was up, 2 bad
+    input, 3 the run waits for a person, 130 stopped by Ctrl-C."""
     log = logging.getLogger("r4r_graph")
     log.addHandler(RichHandler(console=err, show_time=False, show_path=False, markup=False))
     log.propagate = False
@@ -285,6 +295,6 @@ def main() -> None:
 
         message = f"r4r: error: {printable(str(error))}"
         err.print(message, style="red", markup=False, emoji=False, soft_wrap=True)
-        sys.exit(1 if isinstance(error, EngineError | StorageError) else 2)
+        sys.exit(1 if isinstance(error, EngineError | StorageError | RunTimeoutError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

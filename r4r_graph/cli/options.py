@@ -70,6 +70,9 @@ RationalesOption = Annotated[
 ReadoutOption = Annotated[str, typer.Option(help="mean, median or mode.")]
 ScaleOption = Annotated[str, typer.Option(help="Rating values: 1-5, 1-10, or a rising list.")]
 SeedOption = Annotated[int, typer.Option(help="Decides what is sampled.")]
+TimeoutOption = Annotated[
+    float | None, typer.Option(help="Seconds that a run may take; default: no limit.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")]
 DtypeOption = Annotated[
     str | None,

@@ -28,6 +28,7 @@ from r4r_graph.cli.options import (
     ScaleOption,
     SeedOption,
     Sources,
+    TimeoutOption,
     checked_knobs,
     err,
     moment,
@@ -72,6 +73,7 @@ def rank(
     adapters: AdaptersOption = None,
     scale: ScaleOption = "1-5",
     seed: SeedOption = 0,
+    timeout: TimeoutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: EngineOption = None,
@@ -85,7 +87,9 @@ def rank(
     """Rate several items for one user, and show the best, with reasons. Runs are not kept."""
     from r4r_graph.ranking import check_count, popular_items
 
-    knobs = checked_knobs(history=history, rationales=rationales, readout=readout, seed=seed)
+    knobs = checked_knobs(
+        history=history, rationales=rationales, readout=readout, seed=seed, timeout=timeout
+    )
     check_count("--top-k", top_k)
     if concurrency is not None:
         knobs["config"] = {"max_concurrency": concurrency}

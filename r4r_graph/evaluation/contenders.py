@@ -39,7 +39,7 @@ from r4r_graph.evaluation.words.rationales import rationale_form
 from r4r_graph.jobs import Columns, JobProgress, digest_rows, read_job, run_job
 from r4r_graph.ratings import RatingScale
 from r4r_graph.recommender import Recommender
-from r4r_graph.reviews import ReviewSource, TableReviewSource
+from r4r_graph.reviews import ListedReviews, ReviewSource
 from r4r_graph.schema import AspectSummary, Review
 
 Load = Callable[[str], Recommender]
@@ -267,8 +267,11 @@ def _labelled(
     source, labels = recommender.reviews, checks.labels
     if labels is None:
         return {}
-    if not isinstance(source, TableReviewSource):
-        raise DataError("only a table of reviews can list those that a teacher has labelled")
+    if not isinstance(source, ListedReviews):
+        raise DataError(
+            f"{type(source).__name__} cannot list its reviews, so those that a teacher labelled "
+            "cannot be found: load them as a table or a database"
+        )
     since = min(target.timestamp for target in targets)
     known = {
         review.key: review

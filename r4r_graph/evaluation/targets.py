@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from r4r_graph.errors import DataError, SettingError
 from r4r_graph.jobs import digest_rows, write_table
 from r4r_graph.ratings import RatingScale
-from r4r_graph.reviews import ReviewSource, TableReviewSource, load_reviews
+from r4r_graph.reviews import ListedReviews, ReviewSource, load_reviews
 from r4r_graph.schema import Pair, Review
 
 SAMPLE_SCHEMA = pa.schema(
@@ -123,8 +123,8 @@ def earlier_reviews(source: ReviewSource, targets: Sequence[Review]) -> list[Rev
     Raises:
         DataError: the source cannot list its reviews, or none is earlier; pass training rows.
     """
-    if not isinstance(source, TableReviewSource):
-        raise DataError("only a table of reviews can list them; pass the training rows")
+    if not isinstance(source, ListedReviews):
+        raise DataError(f"{type(source).__name__} cannot list its reviews; pass the training rows")
     first = min(target.timestamp for target in targets)
     train = [review for review in source if review.timestamp < first]
     if not train:

@@ -7,6 +7,7 @@ part of the protocol, and one conformance suite checks it for every source.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from r4r_graph.ratings import RatingStats
@@ -120,4 +121,18 @@ class ReviewSource(Protocol):
         Raises:
             SettingError: `before` is nan.
         """
+        ...
+
+
+@runtime_checkable
+class ListedReviews(ReviewSource, Protocol):
+    """A source that also lists all that it holds, whatever the time: for work on whole datasets,
+    and never for the graph."""
+
+    def __len__(self) -> int:
+        """How many reviews it holds."""
+        ...
+
+    def __iter__(self) -> Iterator[Review]:
+        """Each of them once, in an order that stays the same."""
         ...
