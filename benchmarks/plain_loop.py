@@ -26,7 +26,13 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
 )
 
-from r4r_graph.experts import NO_REPEAT, Experts, predictor_prompt, reasoner_prompt
+from r4r_graph.experts import (
+    NO_REPEAT,
+    Experts,
+    predictor_prompt,
+    reasoner_prompt,
+    whole_sentences,
+)
 from r4r_graph.graph.outcome import evidence_of
 from r4r_graph.graph.recall import recall
 from r4r_graph.graph.state import Knobs
@@ -162,6 +168,7 @@ class PlainLoop:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         model = model.to(device).eval()
         ends = model.generation_config.eos_token_id
+        self._ends = {ends} if isinstance(ends, int) else set(ends)
         self._config = GenerationConfig(
             max_new_tokens=experts.budgets.rationale,
             do_sample=False,
@@ -204,6 +211,8 @@ class PlainLoop:
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             ).strip()
+            if output[0, -1].item() not in self._ends:
+                text = whole_sentences(text)
             prompt = predictor_prompt(
                 evidence, text, self._experts.scale, self._meter, self._experts.budgets
             )

@@ -9,7 +9,7 @@ elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from finetune.settings import Recipe
@@ -69,21 +69,6 @@ def is_cold(target: Review, source: ReviewSource) -> tuple[bool, bool]:
     user = source.user_stats(target.user_id, when, without_item=target.item_id)
     item = source.item_stats(target.item_id, when, without_user=target.user_id)
     return user.count == 0, item.count == 0
-
-
-def soft_target(rating: float, values: Sequence[float]) -> tuple[float, ...]:
-    """A rating as weights on a scale's values: a fraction lies on its two neighbours, so that the
-    weights' mean is the rating."""
-    weights = [0.0] * len(values)
-    if rating <= values[0]:
-        weights[0] = 1.0
-    elif rating >= values[-1]:
-        weights[-1] = 1.0
-    else:
-        upper = next(i for i, value in enumerate(values) if value >= rating)
-        share = (rating - values[upper - 1]) / (values[upper] - values[upper - 1])
-        weights[upper - 1], weights[upper] = 1.0 - share, share
-    return tuple(weights)
 
 
 def row_key(target: Review) -> dict[str, Any]:

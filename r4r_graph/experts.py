@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +61,8 @@ RatingCase = tuple[Evidence, str | None]
 
 _Call = tuple[list[BaseMessage], dict[str, Any]]
 
+_SENTENCE_END = re.compile(r"""[.!?…]["'”’)]*(?=\s|$)|[。！？]""")
+
 _MOST_THREADS = 64
 """That wait for the chat model at a time."""
 
@@ -81,7 +84,8 @@ class Rationale:
 
     text: str
     cut: bool
-    """Whether it ran into its token budget."""
+    """Whether it ran into its token budget. The text then ends with its last whole sentence, if it
+    has one: half a sentence tells neither a person nor the predictor anything."""
     prompt_tokens: int
     completion_tokens: int
 
@@ -458,9 +462,20 @@ def _parted(drawn: Sequence[Rationale], sampling: Sampling) -> list[list[Rationa
 
 def _rationale(answer: AIMessage) -> Rationale:
     usage: Mapping[str, Any] = answer.usage_metadata or {}
+    text, cut = _whole(str(answer.text)).strip(), _is_cut(answer)
     return Rationale(
-        text=_whole(str(answer.text)).strip(),
-        cut=answer.response_metadata.get("finish_reason") == "length",
+        text=whole_sentences(text) if cut else text,
+        cut=cut,
         prompt_tokens=usage.get("input_tokens", 0),
         completion_tokens=usage.get("output_tokens", 0),
     )
+
+
+def _is_cut(answer: AIMessage) -> bool:
+    return bool(answer.response_metadata.get("finish_reason") == "length")
+
+
+def whole_sentences(text: str) -> str:
+    """All up to the last sentence that ends before the text does; a text without one stays."""
+    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.rows import soft_target
 from r4r_graph.errors import DataError
 from r4r_graph.evaluation import (
     Estimate,
@@ -111,12 +110,15 @@ def test_calibrated_distributions_cover_four_of_five() -> None:
     assert covered(truths, flatter, FIVE).mean() > 0.83
 
 
-def test_soft_targets_are_those_of_training() -> None:
+def test_soft_targets_lie_on_the_two_neighbours() -> None:
+    found = soft_targets(array(4.0, 3.25, 0.5, 9.0), FIVE)
+    expected = [[0, 0, 0, 1, 0], [0, 0, 0.75, 0.25, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+    assert found.tolist() == expected
     uneven = RatingScale((0.5, 1.0, 3.0, 10.0))
     for scale in (FIVE, TWO, uneven):
         truths = array(*np.linspace(0.2, 11, 55), *scale.values)
-        by_rows = [soft_target(t, scale.values) for t in truths.tolist()]
-        assert soft_targets(truths, scale) == pytest.approx(np.array(by_rows), abs=1e-12)
+        inside = np.clip(truths, scale.low, scale.high)
+        assert soft_targets(truths, scale) @ np.array(scale.values) == pytest.approx(inside)
 
 
 # Planted predictors ------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import pytest
 
 from finetune.domains import review_source
 from finetune.estimates import statistical_estimates
-from finetune.rows import soft_target
 from finetune.settings import Recipe, parse_recipe
 from finetune.sft.examples import rating_examples
 from finetune.splits import make_splits, read_targets
 from r4r_graph.engine.tokens import HubTokenMeter
 from r4r_graph.engine.weights import find_base, load_tokenizer
 from r4r_graph.errors import DataError
+from r4r_graph.evaluation.metrics import soft_targets
 from r4r_graph.schema import Review
 from tests.tiny_reviews import write_reviews
 
@@ -105,8 +105,8 @@ def test_the_shares_mix_them_into_the_targets(recipe: Recipe) -> None:
         rows = rating_examples(targets, {}, source, {}, meter, recipe, rating, said)
         return [row.target for row in rows]
 
-    values = recipe.rating_scale.values
-    own = [soft_target(target.rating, values) for target in targets]
+    ratings = np.array([target.rating for target in targets])
+    own = [tuple(row) for row in soft_targets(ratings, recipe.rating_scale).tolist()]
     assert made() == own
     for share in (0.25, 1.0):
         for mixed, truth, target in zip(made(estimate_share=share), own, targets, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.domains import review_source
-from finetune.rows import histories, soft_target, target_evidence
+from finetune.rows import histories, target_evidence
 from finetune.settings import RatingTrainingSettings, Recipe
 from finetune.sft.examples import (
     Example,
@@ -259,17 +258,6 @@ def test_long_rows_are_left_out_never_cut_and_too_many_are_refused() -> None:
     assert left_out == 1
     with pytest.raises(DataError, match=r"1 of 3 rows are longer than max_length=10"):
         within_length(rows, 10, 0.3)
-
-
-def test_soft_targets_lie_on_the_two_neighbours() -> None:
-    five = (1.0, 2.0, 3.0, 4.0, 5.0)
-    assert soft_target(4.0, five) == (0, 0, 0, 1, 0)
-    assert soft_target(3.25, five) == (0, 0, 0.75, 0.25, 0)
-    assert soft_target(0.5, five) == (1, 0, 0, 0, 0)
-    assert soft_target(9.0, five) == (0, 0, 0, 0, 1)
-    halves = (0.5, 1.0, 3.0)
-    target = soft_target(1.5, halves)
-    assert math.isclose(sum(w * v for w, v in zip(target, halves, strict=True)), 1.5)
 
 
 def test_a_rating_off_the_scale_is_named(recipe: Recipe, meter: HubTokenMeter) -> None:

@@ -452,6 +452,25 @@ def test_a_long_description_and_rationale_are_cut_and_told(fake: Fake) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("Loves a “dusk!” This one is as warm as those", "Loves a “dusk!”"),
+        ("Loves dusk so much that even a dull one pleases", "Loves dusk so much that even a dull"),
+        ("Loves dusk. And more of it.", "Loves dusk. And more of it."),
+    ],
+)
+def test_a_rationale_that_is_cut_ends_with_a_whole_sentence(
+    fake: Fake, written: str, kept: str
+) -> None:
+    script = Script(rationale=lambda _: written)
+    bench = make_bench(fake, TABLE, script=script, budgets=TokenBudgets(rationale=8))
+    found = bench.rate("ann", "target", at(10))
+    assert found["rationale"] == kept
+    assert f"{kept}\n" in prompt(script.ratings[0])
+    assert bool(found["truncated"]) == (kept != written)
+
+
 def test_nothing_cut_is_nothing_told(bench: Bench) -> None:
     assert bench.rate("ann", "target", at(10))["truncated"] == []
 

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.rows import Summaries, soft_target, target_evidence
+import numpy as np
+
+from finetune.rows import Summaries, target_evidence
 from finetune.settings import RatingTrainingSettings, Recipe
 from finetune.teacher.labels import fit_summary
 from r4r_graph.engine.aspects import format_aspects
 from r4r_graph.engine.tokens import HubTokenMeter, opening_of
 from r4r_graph.errors import DataError
+from r4r_graph.evaluation.metrics import soft_targets
 from r4r_graph.evidence import Evidence
 from r4r_graph.experts import predictor_prompt, reasoner_prompt, summarizer_prompt
 from r4r_graph.schema import AspectSummary, Review
@@ -117,8 +120,8 @@ def rating_example(
     """One row of a rating expert."""
     scale = recipe.rating_scale
     messages = predictor_prompt(evidence, rationale, scale, meter, recipe.token_budgets)
-    target = soft_target(scale.check(rating), scale.values)
-    return Example(meter.prompt(messages), (), target, rating)
+    [target] = soft_targets(np.array([scale.check(rating)]), scale).tolist()
+    return Example(meter.prompt(messages), (), tuple(target), rating)
 
 
 def within_length(

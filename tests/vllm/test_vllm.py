@@ -2,8 +2,8 @@
 
 `R4R_TEST_VLLM` names the `vllm` program, of an environment of its own (see `make test-vllm`), or
 the address of a server that `r4r serve-command --adapters $R4R_TEST_ADAPTERS --dtype float32`
-started. Without `R4R_TEST_ADAPTERS` the adapters that come with the package are served, else
-random ones.
+started. Without `R4R_TEST_ADAPTERS`, those of the package's adapters are served that vLLM can
+serve, and random ones in the place of the others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import pytest
 from r4r_graph import Recommender
 from r4r_graph.cli.serve_command import vllm_command
 from r4r_graph.engine import load_local_engine
-from r4r_graph.engine.adapters import find_adapters
+from r4r_graph.engine.adapters import Adapter, find_adapters
 from r4r_graph.engine.aspects import parse_aspects
 from r4r_graph.engine.base import GenerateRequest, Message, RateRequest
 from r4r_graph.engine.batching import BatchingEngine
 from r4r_graph.engine.remote import RemoteEngine
 from r4r_graph.engine.server_connect import open_server_engine
-from r4r_graph.engine.weights import find_base
+from r4r_graph.engine.weights import BaseModel, find_base
+from r4r_graph.errors import ModelError
 from r4r_graph.prompts import prompt_digests
 from r4r_graph.ratings import RatingScale
 from tests import test_engine_conformance as suite
@@ -60,12 +61,23 @@ def adapters(program: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         base = find_base(BASE)
         if folder := os.environ.get("R4R_TEST_ADAPTERS"):
             return Path(folder).absolute()
-        if shipped := find_adapters(None, base):
-            return next(iter(shipped.values())).path.parent
+        shipped = find_adapters(None, base)
         folder = tmp_path_factory.mktemp("adapters")
         for seed, expert in enumerate(EXPERTS, start=1):
-            make_adapter(base.path, folder / expert, expert=expert, seed=seed)
+            if expert in shipped and _is_served(base, shipped[expert]):
+                (folder / expert).symlink_to(shipped[expert].path)
+            else:
+                make_adapter(base.path, folder / expert, expert=expert, seed=seed)
         return folder
+
+
+def _is_served(base: BaseModel, adapter: Adapter) -> bool:
+    """Not so activated LoRA, for instance."""
+    try:
+        vllm_command(base, {adapter.expert: adapter})
+    except ModelError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")
