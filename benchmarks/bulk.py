@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--adapters", help="a folder; default: the package's own, if any")
+    parser.add_argument("--only-adapters", action="store_true", help="not the base model alone")
     parser.add_argument("--dtype")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", action="store_true", help="also our graph, one run in flight")
@@ -306,8 +307,9 @@ def main() -> None:
         "history": options.history,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "base": speed(options, "none"),
     }
+    if not options.only_adapters:
+        figures["base"] = speed(options, "none")
     if options.adapters or find_adapters(None, find_base(options.base)):
         figures["adapters"] = speed(options, options.adapters)
         if options.memory_pairs:
