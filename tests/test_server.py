@@ -423,6 +423,7 @@ def test_the_command_names_everything(tiny_base: Path, tiny_adapters: Path) -> N
     assert told["--served-model-name"] == "tiny"
     assert (told["--host"], told["--port"], told["--dtype"]) == ("127.0.0.1", "8123", "float32")
     assert told["--max-lora-rank"] == "8", "the tiny adapters have rank 4"
+    assert told["--max-loras"] == "4", "one place stays empty"
     assert command[-3:] == [f"{expert}={tiny_adapters / expert}" for expert in EXPERTS]
     alone = vllm_command(find_base(tiny_base), {})
     assert not any("lora" in part for part in alone)

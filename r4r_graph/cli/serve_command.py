@@ -82,7 +82,10 @@ def vllm_command(
     allowed = next((most for most in RANKS if most >= rank), None)
     if allowed is None:
         raise ModelError(f"an adapter of rank {rank}: vLLM serves ranks up to {RANKS[-1]}")
-    command += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(allowed)]
+    # One place more than adapters: on CPUs vLLM (to 0.32 at least, its pull request 48421) gives
+    # requests of the base model the adapter in the last place where they share a batch with others.
+    places = str(len(adapters) + 1)
+    command += ["--enable-lora", "--max-loras", places, "--max-lora-rank", str(allowed)]
     modules = [f"{expert}={adapter.path}" for expert, adapter in adapters.items()]
     return [*command, "--lora-modules", *modules]
 
