@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.rows import soft_target
 from r4r_graph.calibration import (
     CALIBRATION_FILE,
     Calibration,
@@ -281,7 +280,7 @@ def test_no_neighbour_of_the_fit_is_better() -> None:
 
 def test_fractions_are_shared_between_their_neighbours() -> None:
     """By hand: a single row of 1.25 wants odds of 3 to 1."""
-    targets = np.array([soft_target(1.25, TWO.values)])
+    targets = np.array([[0.75, 0.25]])
     found = fit_calibration(np.array([[0.5, 0.5]]), targets, TWO, l2=0.0)
     assert found.apply(over(TWO, 0.5, 0.5)).probabilities == pytest.approx((0.75, 0.25), abs=1e-4)
 

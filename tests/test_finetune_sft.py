@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from finetune import runs
 from finetune.callbacks import read_metrics
-from finetune.rows import soft_target
 from finetune.runs import prepare_run
 from finetune.settings import (
     LoraSettings,
@@ -92,7 +91,7 @@ def rows_for(trainee: Trainee, kind: str, count: int = 12) -> list[Example]:
         prompt = trainee.meter.prompt(turns)
         if kind.endswith("rating"):
             rating = 1.0 + i % 5
-            target = soft_target(rating, (1, 2, 3, 4, 5))
+            target = tuple(float(value == rating) for value in range(1, 6))
             rows.append(Example(prompt, (), target, rating))
         else:
             rows.append(
@@ -520,7 +519,7 @@ def test_a_scale_of_two_token_ratings_trains(tiny_base: Path, tmp_path: Path) ->
     trainee = load_trainee(recipe)
     values = RatingScale.parse("1-10").values
     rows = [
-        Example(row.prompt, (), soft_target(10.0, values), 10.0)
+        Example(row.prompt, (), tuple(float(value == 10.0) for value in values), 10.0)
         for row in rows_for(trainee, "rating")
     ]
     settings = settings_for("rating", epochs=6)
