@@ -128,6 +128,6 @@ def test_importing_reviews_is_light() -> None:
     code = "import sys, r4r_graph.reviews as r; print(*r.__all__, *sys.modules, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = done.stdout.split()
-    exported = ["ReviewSource", "TableReviewSource", "load_items", "load_pairs", "load_reviews"]
-    assert names[:5] == exported
+    sources = ["ListedReviews", "ReviewSource", "TableReviewSource"]
+    assert names[:7] == [*sources, "load_items", "load_pairs", "load_reviews", "open_reviews"]
     assert not {"torch", "transformers", "pandas", "datasets", "langgraph"} & set(names)
