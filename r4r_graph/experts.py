@@ -427,6 +427,13 @@ def predictor_prompt(
     return _messages(prompts.render("predictor", inputs, meter.special_tokens))
 
 
+def whole_sentences(text: str) -> str:
+    """The sentences of a text that was cut, without the begun one; a text without any whole one
+    stays as it is."""
+    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text
+
+
 def _adapter(engine: Engine, expert: str) -> str | None:
     """The expert's adapter if it is loaded; else the base model answers."""
     return expert if expert in engine.info.adapters else None
@@ -462,20 +469,11 @@ def _parted(drawn: Sequence[Rationale], sampling: Sampling) -> list[list[Rationa
 
 def _rationale(answer: AIMessage) -> Rationale:
     usage: Mapping[str, Any] = answer.usage_metadata or {}
-    text, cut = _whole(str(answer.text)).strip(), _is_cut(answer)
+    text = _whole(str(answer.text)).strip()
+    cut = answer.response_metadata.get("finish_reason") == "length"
     return Rationale(
         text=whole_sentences(text) if cut else text,
         cut=cut,
         prompt_tokens=usage.get("input_tokens", 0),
         completion_tokens=usage.get("output_tokens", 0),
     )
-
-
-def _is_cut(answer: AIMessage) -> bool:
-    return bool(answer.response_metadata.get("finish_reason") == "length")
-
-
-def whole_sentences(text: str) -> str:
-    """All up to the last sentence that ends before the text does; a text without one stays."""
-    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else text

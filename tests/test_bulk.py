@@ -16,24 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from langgraph.store.memory import InMemoryStore
 
-from r4r_graph import Recommender, Review, SqlReviewSource, TableReviewSource, fake_engine
+from r4r_graph import Recommender, SqlReviewSource, TableReviewSource, fake_engine
 from r4r_graph.bulk import SCHEMA, rate_pairs, summarize_reviews
 from r4r_graph.engine.base import RateRequest
 from r4r_graph.errors import DataError, EngineFailure, InputError, SettingError
 from r4r_graph.jobs import JobProgress
 from r4r_graph.reviews import ReviewSource, load_pairs
 from r4r_graph.schema import Pair
-
-REVIEWS = [
-    Review(f"u{u}", f"i{i}", 1 + (u + i) % 5, 1000.0 + 10 * u + i, f"Title {i}", f"Words {u} {i}.")
-    for u in range(6)
-    for i in range(6)
-]
-PAIRS = [Pair(f"u{n % 6}", f"i{n % 5}", 1030.0 + n) for n in range(40)]
-
-
-def recommender(**scripts: Any) -> Recommender:
-    return Recommender.load(REVIEWS, engine=fake_engine(**scripts), store=InMemoryStore())
+from tests.bulk_jobs import PAIRS, REVIEWS, recommender
 
 
 @pytest.fixture

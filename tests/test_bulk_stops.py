@@ -17,26 +17,17 @@ import pandas
 import pytest
 from langgraph.store.memory import InMemoryStore
 
-from r4r_graph import Recommender, Review, bulk, fake_engine
+from r4r_graph import Recommender, bulk, fake_engine
 from r4r_graph.bulk import rate_pairs, summarize_reviews
 from r4r_graph.caches import count_summaries
 from r4r_graph.engine.base import GenerateRequest, RateRequest
 from r4r_graph.errors import EngineFailure, StorageError
 from r4r_graph.parts import failures
 from r4r_graph.schema import Pair
+from tests.bulk_jobs import PAIRS, REVIEWS, recommender
 from tests.commands import R4r
 
 ROOT = Path(__file__).parents[1]
-REVIEWS = [
-    Review(f"u{u}", f"i{i}", 1 + (u + i) % 5, 1000.0 + 10 * u + i, f"Title {i}", f"Words {u} {i}.")
-    for u in range(6)
-    for i in range(6)
-]
-PAIRS = [Pair(f"u{n % 6}", f"i{n % 5}", 1030.0 + n) for n in range(40)]
-
-
-def recommender(**scripts: Any) -> Recommender:
-    return Recommender.load(REVIEWS, engine=fake_engine(**scripts), store=InMemoryStore())
 
 
 @pytest.fixture

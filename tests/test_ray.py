@@ -17,22 +17,16 @@ from typing import Any
 import pandas
 import pyarrow as pa
 import pytest
-from langgraph.store.memory import InMemoryStore
 
-from r4r_graph import Recommender, Review, fake_engine
 from r4r_graph.bulk import SCHEMA, rate_pairs
 from r4r_graph.errors import MissingExtraError, SettingError
 from r4r_graph.jobs import JobReport
 from r4r_graph.ray_bulk import _reason, _Worker, rate_pairs_on_ray
 from r4r_graph.schema import Pair
+from tests.bulk_jobs import REVIEWS, pairs_to_rate, recommender
 from tests.commands import R4r
 
-REVIEWS = [
-    Review(f"u{u}", f"i{i}", 1 + (u + i) % 5, 1000.0 + 10 * u + i, f"Title {i}", f"Words {u} {i}.")
-    for u in range(6)
-    for i in range(6)
-]
-PAIRS = [Pair(f"u{n % 6}", f"i{n % 5}", 1030.0 + n) for n in range(120)]
+PAIRS = pairs_to_rate(120)
 PAIRS[7] = Pair("nobody", "nothing", 5.0)
 
 QUIET = {
@@ -93,10 +87,6 @@ DRIVER = """
         print(">", error)
     print(">", rate(load))
 """
-
-
-def recommender() -> Recommender:
-    return Recommender.load(REVIEWS, engine=fake_engine(), store=InMemoryStore())
 
 
 def _python(code: str, *arguments: object, warnings: str = "error") -> subprocess.Popen[str]:
