@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from langgraph.types import StreamMode
 
 from r4r_graph.errors import RunPausedError
 from r4r_graph.schema import Recommendation
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,31 @@ class Events:
             return ended(self._state, self._interrupts, self._thread_id)
         except RunPausedError as pause:
             return Question(pause.thread_id, pause.question)
+
+
+async def read_by_task(source: AsyncIterator[Part]) -> AsyncGenerator[Part]:
+    """What `source` yields, read by a task of its own that is cancelled where the reader leaves.
+
+    Who leaves a generator half read leaves its closing to a task that asyncio makes at garbage
+    collection. Closing a graph's stream has to wait for its nodes, and the loop's end may overtake
+    that ("Task was destroyed but it is pending!"). Closing this one waits for nothing; whoever
+    reads it in a generator closes it there (`contextlib.aclosing`).
+    """
+    parts: asyncio.Queue[Part | None] = asyncio.Queue()
+
+    async def read() -> None:
+        async for part in source:
+            parts.put_nowait(part)
+
+    task = asyncio.create_task(read())
+    # Behind the last part, and whether or not reading failed.
+    task.add_done_callback(lambda _: parts.put_nowait(None))
+    try:
+        while (part := await parts.get()) is not None:
+            yield part
+        await task
+    finally:
+        task.cancel()
 
 
 def ended(state: Any, interrupts: Sequence[Any], thread_id: str) -> Recommendation:

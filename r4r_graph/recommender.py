@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
@@ -34,6 +35,7 @@ from r4r_graph.events import (
     RationaleToken,
     SummaryProgress,
     ended,
+    read_by_task,
 )
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.experts import Experts
@@ -254,10 +256,11 @@ class Recommender:
 
     async def astream(
         self, user_id: str, item_id: str, **options: Unpack[RunOptions]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """As `stream`."""
-        async for event in self._astream(self._run(user_id, item_id, options)):
-            yield event
+        async with aclosing(self._astream(self._run(user_id, item_id, options))) as events:
+            async for event in events:
+                yield event
 
     def resume(
         self, thread_id: str, answer: Answer | None = None, config: RunnableConfig | None = None
@@ -297,11 +300,13 @@ class Recommender:
 
     async def astream_resumed(
         self, thread_id: str, answer: Answer | None = None, config: RunnableConfig | None = None
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """As `stream_resumed`."""
         kept = await runs.afind(self.graph, thread_id)
-        async for event in self._astream(self._resumed(kept, thread_id, answer, config)):
-            yield event
+        run = self._resumed(kept, thread_id, answer, config)
+        async with aclosing(self._astream(run)) as events:
+            async for event in events:
+                yield event
 
     def fork(self, thread_id: str, changes: forks.Changes, *, at: str | int | None = None) -> str:
         """A new run out of an earlier one: its state after a step, changed. Nothing runs yet:
@@ -338,12 +343,14 @@ class Recommender:
             yield from events.of(part)
         yield events.last()
 
-    async def _astream(self, run: _Run) -> AsyncIterator[Event]:
+    async def _astream(self, run: _Run) -> AsyncGenerator[Event]:
         events = Events(run.thread_id)
         options = self._called_with(run)
-        async for part in self.graph.astream(run.given, stream_mode=MODES, **options):
-            for event in events.of(part):
-                yield event
+        running = self.graph.astream(run.given, stream_mode=MODES, **options)
+        async with aclosing(read_by_task(running)) as parts:
+            async for part in parts:
+                for event in events.of(part):
+                    yield event
         yield events.last()
 
     def _run(self, user_id: str, item_id: str, options: RunOptions) -> _Run:
@@ -417,11 +424,12 @@ class Recommender:
 
     async def astream_rank(
         self, user_id: str, items: Candidates, top_k: int | None = 10, **options: Unpack[RunOptions]
-    ) -> AsyncIterator[CandidateProgress | Ranking]:
+    ) -> AsyncGenerator[CandidateProgress | Ranking]:
         """As `stream_rank`."""
         call = ranking.call(user_id, items, top_k, options)
-        async for event in ranking.astream(self.ranking_graph, call):
-            yield event
+        async with aclosing(ranking.astream(self.ranking_graph, call)) as events:
+            async for event in events:
+                yield event
 
     def as_tool(self) -> list[BaseTool]:
         """LangChain tools for an agent: `rate_item`, `recommend_items`, `explain_user`. See

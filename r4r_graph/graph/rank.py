@@ -10,7 +10,8 @@ rated is kept, and what was begun continues inside its rating graph.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, cast
@@ -25,6 +26,7 @@ from langgraph.types import Checkpointer, Overwrite, Send
 from typing_extensions import TypedDict
 
 from r4r_graph.errors import InputError, R4RError, RequestError, RunTimeoutError, SettingError
+from r4r_graph.events import read_by_task
 from r4r_graph.experts import Experts
 from r4r_graph.graph.build import build_graph
 from r4r_graph.graph.limits import starting_now
@@ -298,10 +300,12 @@ def stream(
 
 async def astream(
     graph: RankingGraph, called_with: Mapping[str, Any]
-) -> AsyncIterator[CandidateProgress | Ranking]:
+) -> AsyncGenerator[CandidateProgress | Ranking]:
     """As `stream`."""
     events = RankingEvents()
-    async for part in graph.astream(**called_with, stream_mode="updates"):
-        for event in events.of(part):
-            yield event
+    running = graph.astream(**called_with, stream_mode="updates")
+    async with aclosing(read_by_task(running)) as parts:
+        async for part in parts:
+            for event in events.of(part):
+                yield event
     yield events.last()
