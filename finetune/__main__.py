@@ -81,7 +81,7 @@ def _release(
 
 
 def _with_progress(step: Step, recipe: Any) -> Any:
-    if step.name == "splits":
+    if step.name in ("splits", "relabel"):  # seconds
         return step.run(recipe)
     from r4r_graph.cli import display
 

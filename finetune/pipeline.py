@@ -41,6 +41,7 @@ STEPS = (
     _training("summarizer", "review -> aspect summary"),
     Step("check", "sft.check:check_summarizer", "hold our summarizer against its teacher"),
     Step("summaries", "summaries:make_summaries", "our summarizer reads every history"),
+    Step("relabel", "relabel:relabel", "mend our summaries into labels for sets without a teacher"),
     _training("reward", "true review -> rating, the judge of rationales"),
     Step(
         "rejection",
@@ -69,8 +70,8 @@ def step_named(name: str) -> Step:
 
 
 def planned(recipe: Recipe) -> list[Step]:
-    """What `all` runs: the recipe's `steps`, else everything but `check` and `grpo`; a teacher is
-    not asked where ready-made labels are given.
+    """What `all` runs: the recipe's `steps`, else everything but `check`, `relabel` and `grpo`; a
+    teacher is not asked where ready-made labels are given.
 
     Raises:
         SettingError: an unknown step, or one that stands before what it needs.
@@ -82,7 +83,7 @@ def planned(recipe: Recipe) -> list[Step]:
             raise SettingError(f"steps out of order: {', '.join(recipe.steps)}")
         return chosen
     ready_made = has_labels(recipe)
-    skipped = {"check", "grpo", *(["teacher"] if ready_made else [])}
+    skipped = {"check", "relabel", "grpo", *(["teacher"] if ready_made else [])}
     return [step for step in STEPS if step.name not in skipped]
 
 

@@ -177,7 +177,11 @@ class RejectionSettings(_Strict):
     """Rejection sampling with a hint (paper: one draw without, up to ten with)."""
 
     rows: int | None = None
-    """Instruction rows to sample for; None takes all."""
+    """Rows to sample for, or of ready-made candidates; None takes all, 0 none (then all of the
+    rationales are composed)."""
+    composed: int = 0
+    """Instruction rows for which rationales are put together by rule, for data without a teacher;
+    see `finetune.rejection.composing`. The predictor is trained on the others."""
     hinted_draws: int = 10
     temperature: float = 1.0
     top_p: float = 0.95

@@ -106,6 +106,7 @@ def make_desk(
     Unless told otherwise the judge says 4 where it reads `HELPFUL` words, and 1 otherwise: every
     true rating is nearer to 4.
     """
+    folder.mkdir(exist_ok=True)
     file = folder / "reviews.parquet"
     pq.write_table(pa.Table.from_pylist(canary_reviews()), file)
     tree = {

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from r4r_graph.errors import DataError, SettingError
-from r4r_graph.evaluation.fusion import TERMS, Fusion, fit_fusion, fuse, fusions_by_name
+from r4r_graph.evaluation.fusion import (
+    STRENGTHS,
+    TERMS,
+    Fusion,
+    fit_fusion,
+    fuse,
+    fusions_by_name,
+)
 from r4r_graph.evaluation.metrics import readings
 from r4r_graph.evaluation.predictions import Predictions
 from r4r_graph.loglinear import fit_weights, shares
@@ -182,3 +189,22 @@ def test_the_command_fits_and_evaluate_uses_it(r4r: R4r, tmp_path: Path) -> None
     assert (plain["name"], fused["name"]) == ("ours", "ours fused")
     error = [one["scores"]["rmse"]["mean"]["value"] for one in (plain, fused)]
     assert error[1] < 0.6 < error[0]
+
+
+def test_few_rows_teach_a_fusion_little_that_others_do_not_bear_out() -> None:
+    """Ratings by lot, and a predictor that knows as much: a fusion can only do harm."""
+    known = np.array([0.05, 0.2, 0.5, 0.2, 0.05])
+    harm = {"chosen": 0.0, "weak": 0.0}
+    for seed in range(6):
+        dice = np.random.default_rng(seed)
+        lots = iter(dice.choice(5, size=400, p=known) + 1)
+        earlier = [review(f"u{n % 40}", f"i{n % 9}", n + 1, next(lots)) for n in range(120)]
+        later = [review(f"u{n % 40}", f"i{n % 9}", 200 + n, next(lots)) for n in range(240)]
+        source = TableReviewSource.from_reviews(earlier)
+        fitted, others = later[:40], later[40:]
+        right = [predictions(np.tile(known, (len(part), 1))) for part in (fitted, others)]
+        for name, pull in (("chosen", None), ("weak", min(STRENGTHS))):
+            fusion = fit_fusion(right[0], fitted, source, FIVE, pull=pull)
+            fused = fuse(fusion, right[1], others, source, FIVE)
+            harm[name] += rmse(fused, others) - rmse(right[1], others)
+    assert harm["chosen"] < 0.7 * harm["weak"]

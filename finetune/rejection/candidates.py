@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from finetune.rejection.composing import base_meter, composed_facts, composed_rows
 from finetune.rejection.judging import Candidate, screened
 from finetune.rejection.kept import (
     KEPT_SCHEMA,
@@ -73,11 +74,11 @@ def rank_candidates(
     path = recipe.teacher.rationales
     if path is None:
         raise SettingError("no ready-made rationales: name their file in teacher.rationales")
-    made_of = _ingredients(recipe, path)
+    made_of = _ingredients(recipe, path) | composed_facts(recipe)
     if (earlier := earlier_report(recipe, made_of)) is not None:
         return earlier
     rows = _drawn_rows(_read(path), recipe)
-    meter = meter or _base_meter(recipe)
+    meter = meter or base_meter(recipe)
     kept: list[Columns] = []
     everything: list[Candidate] = []
     medians: list[float] = []
@@ -92,13 +93,15 @@ def rank_candidates(
         without += not best
         if on_progress is not None:
             on_progress(JobProgress(at, len(rows), 0, time.monotonic() - started))
+    composed = composed_rows(recipe, meter)
     report = RejectionReport(
         path=kept_file(recipe),
         ready_made=True,
         rows=len(rows),
         failed=0,
         without=without,
-        kept=len(kept),
+        kept=len(kept) + len(composed),
+        composed=len(composed),
         plain=survivors(everything),
         hinted=Survivors(),
         reasons=count_reasons(everything),
@@ -106,7 +109,7 @@ def rank_candidates(
         kept_error=mean(row["error"] for row in kept),
         seconds=time.monotonic() - started,
     )
-    write_kept(recipe, kept, report, made_of)
+    write_kept(recipe, kept + composed, report, made_of)
     return report
 
 
@@ -190,18 +193,6 @@ def _read(path: Path) -> list[Columns]:
     if not rows:
         raise DataError(f"{path}: holds no candidates")
     return rows
-
-
-def _base_meter(recipe: Recipe) -> TokenMeter:
-    from transformers import AutoTokenizer
-
-    from r4r_graph.engine.tokens import HubTokenMeter
-
-    return HubTokenMeter(
-        AutoTokenizer.from_pretrained(
-            find_base(recipe.base).path, local_files_only=True, trust_remote_code=False
-        )
-    )
 
 
 def _ingredients(recipe: Recipe, path: Path) -> dict[str, Any]:

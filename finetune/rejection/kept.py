@@ -92,7 +92,7 @@ class RejectionReport:
     without: int
     """Other rows of which nothing was kept."""
     kept: int
-    """Rationales kept."""
+    """Rationales kept, composed ones among them."""
     plain: Survivors
     """Of the candidates that were drawn without a hint; of all, where they are ready-made."""
     hinted: Survivors
@@ -106,6 +106,8 @@ class RejectionReport:
     median_change: float | None = None
     """Median over the judged candidates of the error with one minus the error without: a `tau` of
     this value keeps half of them. None for ready-made ones."""
+    composed: int = 0
+    """Rationales put together by rule (`finetune.rejection.composing`)."""
     seconds: float = 0.0
     tokens: int = 0
     """Tokens that the teacher took in this run."""
@@ -163,6 +165,7 @@ def sampling_report(
     recipe: Recipe,
     rows: Sequence[Columns],
     kept: Sequence[Columns],
+    composed: Sequence[Columns],
     seconds: float,
     tokens: int,
 ) -> RejectionReport:
@@ -176,7 +179,8 @@ def sampling_report(
         rows=len(rows),
         failed=sum(row["error"] is not None for row in rows),
         without=sum(row["error"] is None for row in empty),
-        kept=len(kept),
+        kept=len(kept) + len(composed),
+        composed=len(composed),
         plain=survivors(candidate for _, candidate in drawn if not candidate.hinted),
         hinted=survivors(candidate for _, candidate in drawn if candidate.hinted),
         reasons=count_reasons(candidate for _, candidate in drawn),

@@ -29,6 +29,7 @@ from finetune.domains import review_source
 from finetune.engines import ExpertEngine, finished_rows, refuse_all_failed
 from finetune.rationales import digest_summaries
 from finetune.rejection.candidates import rank_candidates
+from finetune.rejection.composing import compose_rationales, composed_facts, composed_rows
 from finetune.rejection.judging import Candidate, Judge, screened
 from finetune.rejection.kept import (
     SAMPLES_SCHEMA,
@@ -72,9 +73,12 @@ def reject(
     on_progress: OnProgress | None = None,
 ) -> RejectionReport:
     """Make `work/rejection/kept.parquet`: by ranking where the recipe names ready-made candidates
-    (`teacher.rationales`), else by sampling. See `rank_candidates` and `sample_rationales`."""
+    (`teacher.rationales`), else by sampling; with `rejection.rows=0` neither, and all is composed.
+    See `rank_candidates`, `sample_rationales` and `compose_rationales`."""
+    meter = reward_engine.meter if reward_engine is not None else None
+    if recipe.rejection.composed and recipe.rejection.rows == 0:
+        return compose_rationales(recipe, meter)
     if recipe.teacher.rationales is not None:
-        meter = reward_engine.meter if reward_engine is not None else None
         return rank_candidates(recipe, meter, on_progress)
     return sample_rationales(recipe, teacher, reward_engine, on_progress)
 
@@ -146,9 +150,10 @@ def sample_rationales(
     rows = finished_rows(folder / "samples", "rejection")
     refuse_all_failed(rows, folder / "samples")
     kept = [columns for row in rows for columns in kept_of(row, settings.keep)]
-    report = sampling_report(recipe, rows, kept, run.seconds, tokens)
+    composed = composed_rows(recipe, judge.engine.meter) if settings.composed else []
+    report = sampling_report(recipe, rows, kept, composed, run.seconds, tokens)
     digest = digest_rows([row[name] for name in SAMPLES_SCHEMA.names] for row in rows)
-    write_kept(recipe, kept, report, {"samples": digest})
+    write_kept(recipe, kept + composed, report, {"samples": digest} | composed_facts(recipe))
     return report
 
 
@@ -243,7 +248,7 @@ class _Tools:
 
 
 def _check(settings: RejectionSettings) -> None:
-    for name, least in (("hinted_draws", 0), ("keep", 1), ("concurrency", 1)):
+    for name, least in (("hinted_draws", 0), ("composed", 0), ("keep", 1), ("concurrency", 1)):
         if (value := getattr(settings, name)) < least:
             raise SettingError(f"bad setting rejection.{name}={value}: must be {least} or more")
     if settings.temperature < 0 or not 0 < settings.top_p <= 1:

@@ -41,6 +41,12 @@ TERMS = ("log_probability", "user", "item", "spread")
 
 LEAST_ROWS = 30
 
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+"""Pulls towards the predictor as it is that are tried: few rows need a strong one, or the fusion
+learns those rows."""
+
+_FOLDS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
@@ -54,6 +60,8 @@ class Fusion:
     """One for each of `TERMS`."""
     bias: tuple[float, ...]
     """One a value."""
+    pull: float
+    """Towards the predictor as it is."""
     rows: int
     digest: str
     """Of the rows it was fitted on."""
@@ -78,6 +86,7 @@ class Fusion:
                 float(row["centre"]),
                 weights,
                 tuple(map(float, row["bias"])),
+                float(row["pull"]),
                 int(row["rows"]),
                 str(row["digest"]),
             )
@@ -94,7 +103,7 @@ def fit_fusion(
     source: ReviewSource,
     scale: RatingScale,
     *,
-    l2: float = 1e-3,
+    pull: float | None = None,
 ) -> Fusion:
     """The fusion with the least negative log-likelihood on these rows.
 
@@ -103,7 +112,8 @@ def fit_fusion(
         targets: rows that neither training nor the final test uses.
         source: holds the histories.
         scale: the rating values.
-        l2: pull towards the predictor as it is.
+        pull: towards the predictor as it is; None takes the one of `STRENGTHS` whose likelihood on
+            rows left out of the fit is greatest (five folds).
 
     Raises:
         DataError: the predictions are no distributions, or too few.
@@ -120,12 +130,16 @@ def fit_fusion(
     features = _features(probabilities[known], _some(targets, known), source, scale, centre)
     start = np.zeros(features.shape[2])
     start[0] = 1.0
-    weights = fit_weights(features, soft_targets(truths[known], scale), start, max(l2, 1e-6))
+    soft = soft_targets(truths[known], scale)
+    if pull is None:
+        pull = min(STRENGTHS, key=lambda tried: _loss_left_out(features, soft, start, tried))
+    weights = fit_weights(features, soft, start, max(pull, 1e-6))
     return Fusion(
         scale.values,
         centre,
         tuple(weights[: len(TERMS)].tolist()),
         tuple(weights[len(TERMS) :].tolist()),
+        pull,
         int(known.sum()),
         digest_targets(_some(targets, known)),
     )
@@ -161,6 +175,19 @@ def fuse(
         rationales=(),
         mass=None,
     )
+
+
+def _loss_left_out(features: Floats, targets: Floats, start: Floats, pull: float) -> float:
+    """Negative log-likelihood of rows by weights that were fitted on the others, in nats."""
+    # Rows come in some order, which is none of the folds' business.
+    fold = np.random.default_rng(0).permutation(len(features)) % _FOLDS
+    found = 0.0
+    for left_out in range(_FOLDS):
+        out = fold == left_out
+        weights = fit_weights(features[~out], targets[~out], start, pull)
+        likely = np.log(np.maximum(shares(features[out], weights), LEAST_PROBABILITY))
+        found -= float((targets[out] * likely).sum())
+    return found / len(features)
 
 
 def _features(

@@ -36,7 +36,7 @@ def list_overlap(phrases: Sequence[str], others: Sequence[str]) -> float:
     """The overlap of two lists of phrases, from 0 to 1."""
     if not phrases or not others:
         return float(not phrases and not others)
-    words, other_words = [_words(p) for p in phrases], [_words(p) for p in others]
+    words, other_words = [content_words(p) for p in phrases], [content_words(p) for p in others]
     precision = sum(max(_f1(p, o) for o in other_words) for p in words) / len(words)
     recall = sum(max(_f1(o, p) for p in words) for o in other_words) / len(other_words)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -46,7 +46,8 @@ def _f1(a: frozenset[str], b: frozenset[str]) -> float:
     return 2 * len(a & b) / (len(a) + len(b)) if a or b else 0.0
 
 
-def _words(phrase: str) -> frozenset[str]:
+def content_words(phrase: str) -> frozenset[str]:
+    """The words that a phrase is compared by."""
     found = re.findall(r"[^\W_]+", phrase.lower().replace("'", ""))
     stems = [
         w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in found
