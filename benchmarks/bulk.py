@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from r4r_graph.engine.adapters import find_adapters
 from r4r_graph.engine.contexts import CONTEXT_CACHE_MB
 from r4r_graph.engine.local import load_local_engine
 from r4r_graph.engine.weights import find_base
+from r4r_graph.evidence import TokenBudgets
 from r4r_graph.schema import Pair
 
 SAMPLE = Path(__file__).parents[1] / "r4r_graph" / "_demo"
@@ -63,7 +65,10 @@ def load(options: Any, adapters: str | None) -> Recommender:
         allow_prompt_mismatch=True,
         calibrated=False,
     )
-    return Recommender.load(options.reviews, options.items, engine=engine, store=InMemoryStore())
+    budgets = TokenBudgets(**json.loads(options.budgets)) if options.budgets else None
+    return Recommender.load(
+        options.reviews, options.items, engine=engine, budgets=budgets, store=InMemoryStore()
+    )
 
 
 def in_bulk(recommender: Recommender, pairs: list[Pair], options: Any) -> pandas.DataFrame:
@@ -260,36 +265,42 @@ def rate_and_measure(options: Any) -> None:
         loaded = peak_memory()
         assert isinstance(recommender.reviews, TableReviewSource)
         in_bulk(recommender, latest(recommender.reviews, options.pairs, options.seed), options)
-    print(json.dumps({"loaded": loaded, "rated": peak_memory()}))
+        budgets = asdict(recommender.experts.budgets)
+    print(json.dumps({"loaded": loaded, "rated": peak_memory(), "budgets": budgets}))
 
 
 def memory(options: Any) -> dict[str, Any]:
-    """Peak memory with adapters and without, each in a process of its own that rates the pairs."""
-    found = {}
-    for name, child in (("base", "none"), ("adapters", options.adapters or "package")):
-        command = [sys.executable, __file__, "--child", child, "--pairs", str(options.memory_pairs)]
-        for option in (
-            "reviews",
-            "items",
-            "base",
-            "dtype",
-            "history",
-            "concurrency",
-            "context_cache_mb",
-        ):
-            if (value := getattr(options, option)) is not None:
-                command += [f"--{option.replace('_', '-')}", str(value)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = json.loads(done.stdout)
-    ratios = {
-        f"ratio_{when}": found["adapters"][when] / found["base"][when] for when in found["base"]
-    }
-    megabytes = {
-        f"{name}_{when}_mb": round(size / 2**20)
-        for name, sizes in found.items()
-        for when, size in sizes.items()
-    }
-    return {**megabytes, **{name: round(ratio, 3) for name, ratio in ratios.items()}}
+    """Peak memory with adapters and without, medians of the rounds, each in a process of its own
+    that rates the pairs with the adapters' token budgets."""
+    sizes: dict[str, list[dict[str, int]]] = {"adapters": [], "base": []}
+    for _ in range(options.rounds):
+        with_adapters = _child(options, options.adapters or "package")
+        budgets = json.dumps(with_adapters.pop("budgets"))
+        alone = _child(options, "none", "--budgets", budgets)
+        alone.pop("budgets")
+        sizes["adapters"].append(with_adapters)
+        sizes["base"].append(alone)
+    found: dict[str, Any] = {}
+    for when in ("loaded", "rated"):
+        middle = {
+            name: statistics.median(size[when] for size in each) for name, each in sizes.items()
+        }
+        found |= {f"{name}_{when}_mb": round(size / 2**20) for name, size in middle.items()}
+        found[f"ratio_{when}"] = round(middle["adapters"] / middle["base"], 3)
+        pairs = zip(sizes["adapters"], sizes["base"], strict=True)
+        found[f"ratios_{when}"] = [round(a[when] / b[when], 3) for a, b in pairs]
+    return found
+
+
+def _child(options: Any, adapters: str, *more: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", adapters, "--pairs", str(options.memory_pairs)]
+    names = ("reviews", "items", "base", "dtype", "history", "concurrency", "context_cache_mb")
+    for name in names:
+        if (value := getattr(options, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
 def main() -> None:
@@ -311,6 +322,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="also our graph, one run in flight")
     parser.add_argument("--memory-pairs", type=int, default=8, help="0: no memory is measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--budgets", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.items is None and options.reviews.parent == SAMPLE:
         options.items = SAMPLE / "items.jsonl"
