@@ -171,6 +171,12 @@ def main() -> None:
     )
     parser.add_argument("--delay", type=float, default=0.02, help="seconds of a fake batch")
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument(
+        "--window",
+        type=float,
+        help="a kill comes within so many seconds; default: 1.5 times a kill's share of the job. "
+        "One that lasts no batch keeps a model from ever getting on",
+    )
     parser.add_argument("--adapters", default="none")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -189,7 +195,8 @@ def main() -> None:
         while not all_done:
             before, past = kept(killed), len(asked(killed))
             left = options.kills - len(moments)
-            moment = dice.uniform(0, 1.5 * seconds / options.kills) if left else None
+            window = options.window or 1.5 * seconds / options.kills
+            moment = dice.uniform(0, window) if left else None
             _, all_done = run(options, killed, moment)
             if moment is not None and not all_done:
                 moments.append(round(moment, 3))
