@@ -14,8 +14,10 @@ text.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +47,8 @@ from r4r_graph.evidence import Evidence
 from r4r_graph.jobs import Columns, digest_rows
 from r4r_graph.ratings import RatingScale
 from r4r_graph.schema import Review, ReviewAspects
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the sentences and of what is put into them."""
@@ -194,16 +198,21 @@ def composed_rows(recipe: Recipe, meter: TokenMeter) -> list[Columns]:
         return []
     source, summaries = review_source(recipe), read_summaries(recipe)
     rows: list[Columns] = []
+    refused = Counter[str]()
     for target in _targets(recipe):
         evidence = target_evidence(target, source, summaries, meter, recipe)
         dice = random.Random(f"{recipe.seed} {target.key}")
         text = compose(evidence, leaning_of(target.rating, recipe.rating_scale), dice)
-        if screened(text, evidence, (), recipe, meter) is None:
-            rows.append(
-                dict.fromkeys(KEPT_SCHEMA.names)
-                | row_key(target)
-                | {"evidence": packed(evidence), "rationale": text, "hinted": False, "rank": 0}
-            )
+        if (candidate := screened(text, evidence, (), recipe, meter)) is not None:
+            refused.update(reason.split(":")[0] for reason in candidate.reasons)
+            continue
+        rows.append(
+            dict.fromkeys(KEPT_SCHEMA.names)
+            | row_key(target)
+            | {"evidence": packed(evidence), "rationale": text, "hinted": False, "rank": 0}
+        )
+    if refused:
+        _log.warning("composed rationales that did not pass the screens: %s", dict(refused))
     return rows
 
 
