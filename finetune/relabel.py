@@ -103,7 +103,7 @@ def relabel(recipe: Recipe) -> RelabelReport:
         sides = fit_sides([review for review in known if review.text.strip()])
         done = [review for review in known if review.key in summaries]
         mended = [(review, mend(summaries[review.key], review, sides)) for review in done]
-        rows = [_row(review, label.summary) for review, label in mended if label.worth]
+        rows = [_row(name, review, label.summary) for review, label in mended if label.worth]
         folder.mkdir(parents=True, exist_ok=True)
         write_table(pa.Table.from_pylist(rows, SCHEMA), folder / f"{name or 'reviews'}.parquet")
         found += mended
@@ -221,7 +221,9 @@ def _stems(text: str) -> set[str]:
     return {word[:_STEM] for word in content_words(text)}
 
 
-def _row(review: Review, label: AspectSummary) -> dict[str, Any]:
-    user, item = (name.partition("/")[2] or name for name in (review.user_id, review.item_id))
+def _row(name: str, review: Review, label: AspectSummary) -> dict[str, Any]:
+    """A row of `SCHEMA`; in a table of several data sets ids bear the name of theirs."""
+    borne = f"{name}/" if name else ""
+    user, item = (bearing.removeprefix(borne) for bearing in (review.user_id, review.item_id))
     found = {"user_id": user, "item_id": item, "timestamp": float(review.timestamp)}
     return found | label.to_dict()

@@ -182,6 +182,25 @@ def relabel_with_summaries(recipe: Recipe, engine: BatchingEngine) -> None:
     relabel(recipe)
 
 
+def test_ids_of_a_set_alone_stay_as_they_are(tmp_path: Path, fake: Fake) -> None:
+    odd = [{**row, "user_id": f"a/{row['user_id']}"} for row in rows()]
+    file = tmp_path / "reviews.parquet"
+    pq.write_table(pa.Table.from_pylist(odd), file)
+    recipe = parse_recipe(
+        {
+            "reviews": str(file),
+            "work": str(tmp_path / "work"),
+            "splits": {"reward_rows": 0, "instruction_rows": 20},
+        }
+    )
+    make_splits(recipe)
+    summary = format_aspects(AspectSummary(tuple(f"{w} {t}" for w in GOOD[:1] for t in THINGS)))
+    make_summaries(recipe, fake(write=lambda _: summary, adapters=("summarizer",)))
+    report = relabel(recipe)
+    users = set(pd.read_parquet(report.folder / "reviews.parquet").user_id)
+    assert users <= {row["user_id"] for row in odd}
+
+
 def test_too_little_to_learn_from() -> None:
     few = [of(f"Lovely {n}", n % 5 + 1) for n in range(20)]
     with pytest.raises(DataError, match="20 reviews with words are too few"):
