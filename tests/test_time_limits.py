@@ -124,10 +124,10 @@ def test_a_kept_run_goes_on_with_all_its_time(again: str, gated: Gated) -> None:
     with Recommender(experts, source, checkpointer=InMemorySaver()) as rater:
         config = runs.thread("monday")
         with pytest.raises(RunTimeoutError):
-            rater.rate("ann", "target", as_of=at(9), timeout=SHORT, config=config)
+            rater.rate("ann", "target", as_of=at(9), timeout=LONGER, config=config)
         kept = runs.find(rater.graph, "monday")
         assert runs.status(kept) == "failed"
-        assert runs.knobs_of_run(kept).timeout == SHORT
+        assert runs.knobs_of_run(kept).timeout == LONGER
         assert not [name for name in kept.metadata or {} if "until" in name]
         with pytest.raises(RunTimeoutError):  # the engine is still away: not for nothing
             rater.resume("monday")
@@ -168,9 +168,9 @@ def test_a_ranking_is_one_run(way: str, gated: Gated) -> None:
         with pytest.raises(RunTimeoutError, match="rating"):
             ranked(rater, SHORT)
         gated.gate.set()
-    backend = Paced(write=long_text, pause=0.01)  # a rationale takes more than a second
+    backend = Paced(write=long_text, pause=0.02)  # a rationale takes more than two seconds
     with recommender_over_backend(backend) as rater:
-        found = ranked(rater, 2.0)
+        found = ranked(rater, 4.0)
     assert 1 <= found.rated <= 2
     assert {failure.error for failure in found.failures} == {"RunTimeoutError"}
     assert found.rated + len(found.failures) == 3
