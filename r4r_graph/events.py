@@ -107,9 +107,14 @@ async def read_by_task(source: AsyncIterator[Part]) -> AsyncGenerator[Part]:
         async for part in source:
             parts.put_nowait(part)
 
+    def finished(done: asyncio.Task[None]) -> None:
+        """Behind the last part, and whether or not reading failed."""
+        if not done.cancelled():
+            done.exception()  # looked at: a reader who has left will not ask for it
+        parts.put_nowait(None)
+
     task = asyncio.create_task(read())
-    # Behind the last part, and whether or not reading failed.
-    task.add_done_callback(lambda _: parts.put_nowait(None))
+    task.add_done_callback(finished)
     try:
         while (part := await parts.get()) is not None:
             yield part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ from langgraph.store.memory import InMemoryStore
 from r4r_graph.engine.base import GenerateRequest, GenerateResult, Message
 from r4r_graph.engine.batching import BatchingEngine, Row
 from r4r_graph.engine.fake import FakeBackend
-from r4r_graph.events import RationaleToken
+from r4r_graph.errors import EngineError
+from r4r_graph.events import RationaleToken, read_by_task
 from r4r_graph.evidence import TokenBudgets
 from r4r_graph.experts import Experts
 from r4r_graph.recommender import Recommender
@@ -455,3 +457,25 @@ def test_a_process_ends_without_noise(end: str) -> None:
         [sys.executable, "-c", BEGIN + end], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_a_stream_that_fails_while_it_is_left_makes_no_noise() -> None:
+    async def source() -> AsyncIterator[int]:
+        yield 1
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise EngineError("away")
+
+    async def work() -> list[Any]:
+        noise: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: noise.append(told))
+        async with aclosing(read_by_task(source())) as parts:
+            async for _ in parts:
+                await asyncio.sleep(0.01)  # the source goes on meanwhile
+                break
+        await asyncio.sleep(0.01)
+        gc.collect()
+        return noise
+
+    assert asyncio.run(work()) == []
